@@ -1,0 +1,107 @@
+"""Train a CIFAR-10/100 classifier with PyTorch DistributedDataParallel.
+
+One process:     python cifar.py -a resnet --depth 20
+Two workers:     python -m torch.distributed.launch --nproc_per_node=2 cifar.py -a alexnet
+The same:        torchrun --nproc_per_node=2 cifar.py -a alexnet
+From a recipe:   ./launcher.sh -m alexnet -n 2 -d cifar10 -f dist
+
+This file holds what is particular to the engine: how workers meet and how they communicate. The
+program itself is utils/engine.py, shared with cifar_horovod.py.
+"""
+
+import inspect
+import os
+import sys
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from utils.comm import Comm, Exchange
+from utils.engine import main
+
+# Training never reads batch-norm buffers, so broadcasting them at each forward is waste; see
+# Comm.average_buffers. torch 2.15 has renamed the argument.
+NO_BUFFER_BROADCAST: dict[str, Any] = (
+    {"forward_sync_buffers": False}
+    if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    else {"broadcast_buffers": False}
+)
+
+# For waits whose length depends on a download and not on the workers.
+PATIENCE = timedelta(days=7)
+
+
+class TorchComm(Comm):
+    """torch.distributed: NCCL between GPUs, Gloo between CPU processes.
+
+    Without a launcher, that is without WORLD_SIZE in the environment, it is the serial engine.
+    """
+
+    def __init__(self) -> None:
+        self.launched = "WORLD_SIZE" in os.environ
+        if self.launched:
+            self.rank = int(os.environ["RANK"])
+            self.size = int(os.environ["WORLD_SIZE"])
+            self.local_rank = int(os.environ["LOCAL_RANK"])
+            self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+        super().__init__()
+        if self.launched:
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            self.name = f"DistributedDataParallel, {backend}"
+            dist.init_process_group(backend)
+            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    @classmethod
+    def launched_rank(cls) -> int:
+        return int(os.environ.get("RANK", 0))
+
+    def wrap(
+        self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
+    ) -> tuple[nn.Module, Optimizer]:
+        model, optimizer = super().wrap(model, optimizer, exchange)
+        if not self.launched:
+            return model, optimizer
+        wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters
+            model,
+            device_ids=[self.local_rank] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **NO_BUFFER_BROADCAST,
+        )
+        if exchange.compression == "fp16":
+            wrapped.register_comm_hook(None, fp16_compress_hook)
+        return wrapped, optimizer
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager:
+        return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        if self.launched:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        if self.launched:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def max_(self, value: int) -> int:
+        if not self.launched:
+            return value
+        highest = torch.tensor(value)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.patient)
+        return int(highest)
+
+    def close(self) -> None:
+        if self.launched:
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(TorchComm))

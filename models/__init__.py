@@ -1,0 +1,29 @@
+"""The architectures, one family a file. Adding a model is adding one file here.
+
+Every module without a leading underscore is imported, and registers its factories.
+"""
+
+import importlib
+import pkgutil
+
+from models._registry import (
+    ModelError,
+    create_model,
+    identify,
+    list_models,
+    model_arguments,
+    register,
+)
+
+__all__ = [
+    "ModelError",
+    "create_model",
+    "identify",
+    "list_models",
+    "model_arguments",
+    "register",
+]
+
+for _module in pkgutil.iter_modules(__path__):
+    if not _module.name.startswith("_"):
+        importlib.import_module(f"{__name__}.{_module.name}")

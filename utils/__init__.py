@@ -1,0 +1,1 @@
+"""What the two training scripts share, one concern a file."""

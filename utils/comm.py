@@ -1,0 +1,152 @@
+"""Comm: what the training loop may ask of an engine. The base class is the serial engine.
+
+The contract is small and closed. Below the two scripts nothing knows an engine by name: the loop
+asks a Comm, and cifar.py and cifar_horovod.py each bring one. Every rank calls every method that
+communicates, in the same order; rank 0 alone prints and writes.
+"""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.errors import BAD_INPUT, FAILED, PeerFailed, UserError
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """How gradients travel.
+
+    Attributes:
+        compression: "none", or "fp16" to send half the bytes at half precision.
+        passes: backward passes whose gradients are added up before they are sent.
+        adasum: combine by Adasum (arXiv 2006.02924) instead of the average.
+    """
+
+    compression: str = "none"
+    passes: int = 1
+    adasum: bool = False
+
+
+class Comm:
+    """The serial engine: rank 0 of 1. Subclasses replace what communicates.
+
+    Attributes:
+        rank, size: this worker's number and how many there are.
+        local_rank, local_size: the same among the workers of this node.
+        device: where this worker computes.
+        name: of the engine and its transport, for the start-up lines.
+    """
+
+    name = "serial"
+    rank = 0
+    size = 1
+    local_rank = 0
+    local_size = 1
+    device: torch.device
+
+    def __init__(self) -> None:
+        self.device = pick_device(self.local_rank, self.local_size)
+
+    @classmethod
+    def launched_rank(cls) -> int:
+        """The rank that the launcher has given to this process, known before any connection."""
+        return 0
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that prints and writes."""
+        return self.rank == 0
+
+    def wrap(
+        self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
+    ) -> tuple[nn.Module, Optimizer]:
+        """Model and optimizer such that forward, backward, step train with the mean gradient.
+
+        When the update happens every parameter's gradient is the average over the workers of
+        what their backward passes have added up. Parameters and buffers start as rank 0's.
+
+        Raises:
+            UserError: the engine has no such exchange.
+        """
+        if exchange.adasum:
+            raise UserError("--adasum: only Horovod has it; use cifar_horovod.py (-f horovod)")
+        return model, optimizer
+
+    def accumulating(self, model: nn.Module) -> AbstractContextManager:
+        """The context of a backward pass that is not the last of its step."""
+        return nullcontext()
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Replace the tensor by its sum over the workers, in place, and return it."""
+        return tensor
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        """Replace the tensor by rank 0's, in place, and return it."""
+        return tensor
+
+    def max_(self, value: int) -> int:
+        """The largest of the workers' values; waits however long the slowest worker takes."""
+        return value
+
+    def barrier(self) -> None:
+        """Return when every worker has come here, however long the slowest takes."""
+        self.max_(0)
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on the first worker of each node, then on the others.
+
+        For work that leaves something on disk, such as a download: the others find it done.
+
+        Raises:
+            PeerFailed: on the others, when the block has failed on a first worker.
+        """
+        if self.local_rank == 0:
+            try:
+                yield
+            except BaseException as error:
+                self.max_(BAD_INPUT if isinstance(error, UserError) else FAILED)
+                raise
+        code = self.max_(0)
+        if code:
+            raise PeerFailed(code)
+        if self.local_rank != 0:
+            yield
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Make floating-point buffers (batch-norm statistics) the average over the workers.
+
+        One sum for all buffers together. The engines never synchronise buffers during training,
+        which does not read them.
+        """
+        buffers = [b for b in model.buffers() if b.is_floating_point()]
+        if self.size == 1 or not buffers:
+            return
+        flat = self.sum_(torch.cat([b.detach().reshape(-1) for b in buffers])).div_(self.size)
+        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+
+    def close(self) -> None:
+        """Leave the group. Nothing may be asked of the engine afterwards."""
+
+
+def pick_device(local_rank: int, local_size: int) -> torch.device:
+    """The GPU of this local rank, or the CPU on a machine without GPUs.
+
+    Raises:
+        UserError: there are GPUs, but fewer than workers on this node.
+    """
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus == 0:
+        return torch.device("cpu")
+    if local_size > gpus:
+        raise UserError(
+            f"{local_size} workers for {gpus} GPU(s) on this node: start at most {gpus} workers, "
+            "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)

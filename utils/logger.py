@@ -1,0 +1,162 @@
+"""What a run reports: log.txt, metrics.jsonl, TensorBoard when asked, and the progress bar."""
+
+import importlib.util
+import json
+import shutil
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from progress.bar import Bar
+
+from utils.errors import UserError
+from utils.metrics import Metrics
+
+LOG_COLUMNS = ("Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.")
+
+
+class RunLog:
+    """log.txt (tab separated, a row an epoch), metrics.jsonl and TensorBoard events of a run.
+
+    Args:
+        folder: the run folder, or None for a log that writes nothing (ranks other than 0).
+        epochs_done: rows to keep of an earlier part of the run; later ones are cut off, because
+            the epochs after the checkpoint are trained again.
+        tensorboard: also write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path | None, epochs_done: int, tensorboard: bool = False) -> None:
+        self.folder = folder
+        self.writer: Any = None
+        if folder is None:
+            return
+        self.table = folder / "log.txt"
+        self.lines = folder / "metrics.jsonl"
+        _keep_lines(self.table, 1 + epochs_done, header="\t".join(LOG_COLUMNS))
+        _keep_lines(self.lines, epochs_done)
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter  # optional and slow to import
+
+            self.writer = SummaryWriter(str(folder), purge_step=epochs_done)
+
+    def epoch(
+        self, epoch: int, rate: float, train: Metrics, valid: Metrics, seconds: float
+    ) -> None:
+        """Add an epoch, counted from 1."""
+        if self.folder is None:
+            return
+        row = (rate, train.loss, valid.loss, train.top1, valid.top1)
+        with self.table.open("a") as file:
+            file.write("\t".join(f"{value:.6f}" for value in row) + "\n")
+        record = {
+            "epoch": epoch,
+            "learning_rate": rate,
+            "train_loss": train.loss,
+            "valid_loss": valid.loss,
+            "train_top1": train.top1,
+            "valid_top1": valid.top1,
+            "train_top5": train.top5,
+            "valid_top5": valid.top5,
+            "seconds": round(seconds, 3),
+            "images_per_second": round(train.count / seconds, 1),
+        }
+        with self.lines.open("a") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.writer:
+            for name, value in record.items():
+                if name != "epoch":
+                    self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            self.writer.flush()
+
+    def close(self) -> None:
+        """Close the TensorBoard file; the others are closed after each row."""
+        if self.writer:
+            self.writer.close()
+
+
+def check_tensorboard() -> None:
+    """Raise UserError where --tensorboard is asked for and its package is missing."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "--tensorboard: the package tensorboard is missing; install it with "
+            "'pip install tensorboard' or leave the flag out"
+        )
+
+
+def _keep_lines(path: Path, count: int, header: str | None = None) -> None:
+    kept = path.read_text().splitlines()[:count] if path.exists() else []
+    if header is not None and not kept:
+        kept = [header]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+class ProgressBar:
+    """One line of progress over the steps of an epoch.
+
+    On a terminal a bar redrawn a few times a second; elsewhere a plain line now and then, so
+    that log files stay readable. A disabled bar does nothing.
+    """
+
+    def __init__(self, title: str, steps: int, enabled: bool) -> None:
+        self.title = title
+        self.steps = steps
+        self.enabled = enabled
+        self.started = self.stepped = time.perf_counter()
+        self.on_terminal = enabled and sys.stdout.isatty()
+        self.interval = 0.2 if self.on_terminal else 30.0
+        self.shown = self.started
+        self.data_seconds = 0.0
+        self.bar = _Line(title, max=steps, file=sys.stdout) if self.on_terminal else None
+
+    def data_ready(self) -> None:
+        """Mark the moment at which a step has its batch."""
+        self.data_seconds += time.perf_counter() - self.stepped
+
+    def step_done(self) -> None:
+        """Mark the moment at which a step is over."""
+        self.stepped = time.perf_counter()
+
+    def due(self, step: int) -> bool:
+        """True when it is time to show step (counted from 1): then ``show`` it."""
+        if not self.enabled:
+            return False
+        return time.perf_counter() - self.shown >= self.interval or (
+            self.on_terminal and step == self.steps
+        )
+
+    def show(self, step: int, metrics: Metrics) -> None:
+        """Draw the line for a step, counted from 1."""
+        self.shown = now = time.perf_counter()
+        total = now - self.started
+        eta = total / step * (self.steps - step)
+        text = (
+            f"({step}/{self.steps}) Data: {self.data_seconds / step:.3f}s | "
+            f"Batch: {total / step:.3f}s | Total: {timedelta(seconds=int(total))} | "
+            f"ETA: {timedelta(seconds=int(eta))} | Loss: {metrics.loss:.4f} | "
+            f"top1: {metrics.top1: .4f} | top5: {metrics.top5: .4f}"
+        )
+        if self.bar:
+            self.bar.draw(step, text)
+        else:
+            print(f"{self.title} {text}", flush=True)
+
+    def finish(self) -> None:
+        """End the line."""
+        if self.bar:
+            self.bar.finish()
+
+
+class _Line(Bar):
+    """A progress bar that never wraps: the bar shrinks first, then the text is cut."""
+
+    def draw(self, index: int, text: str) -> None:
+        columns = shutil.get_terminal_size().columns
+        self.width = max(0, min(24, columns - len(self.message) - len(text) - 6))
+        self.suffix = text.replace("%", "%%")
+        self.index = index
+        self.update()
+
+    def writeln(self, line: str) -> None:
+        super().writeln(line[: shutil.get_terminal_size().columns - 1])

@@ -1,0 +1,75 @@
+"""Which images a step trains on, in which order, with which crop and flip.
+
+Everything here is a pure function of (seed, epoch) and never of the number of workers: step k of
+an epoch trains on positions [k * batch, (k + 1) * batch) of one permutation, and the crop and flip
+of image i come from one draw an epoch, indexed by i. A worker only chooses which part of a batch
+it computes.
+
+The draws use NumPy's RandomState, the one generator whose streams NumPy has frozen for good
+(NEP 19): a seed means the same training on every version.
+"""
+
+import hashlib
+
+import numpy as np
+
+# The last word of a stream's key: streams for different purposes never overlap.
+_PERMUTATION, _AUGMENTATION, _SPLIT = 0, 1, 2
+
+
+def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+    """The order of one epoch: a permutation of range(count), (count,) int64."""
+    stream = np.random.RandomState([seed, epoch, _PERMUTATION])
+    return stream.permutation(count).astype(np.int64)
+
+
+def crops_and_flips(count: int, seed: int, epoch: int, pad: int) -> np.ndarray:
+    """The augmentation of one epoch, row i for image i.
+
+    Returns:
+        (count, 3) int64: vertical offset and horizontal offset of the crop, each uniform in
+        0 .. 2 * pad, and 1 for a mirrored image, else 0 (half of them).
+    """
+    stream = np.random.RandomState([seed, epoch, _AUGMENTATION])
+    offsets = stream.randint(0, 2 * pad + 1, size=(count, 2))
+    flips = stream.randint(0, 2, size=(count, 1))
+    return np.concatenate([offsets, flips], axis=1).astype(np.int64)
+
+
+def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the training images and of the held_out validation images, each sorted.
+
+    The split does not depend on the seed, so that runs with different seeds can be compared.
+    """
+    order = np.random.RandomState([0, 0, _SPLIT]).permutation(count).astype(np.int64)
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+def batches(count: int, batch: int, workers: int) -> list[tuple[int, int]]:
+    """The global batches of an epoch as (start, stop) positions in the permutation.
+
+    A last batch with fewer images than there are workers is dropped: every worker needs one.
+    """
+    bounds = [(start, min(start + batch, count)) for start in range(0, count, batch)]
+    if bounds and bounds[-1][1] - bounds[-1][0] < workers:
+        bounds.pop()
+    return bounds
+
+
+def share(start: int, stop: int, rank: int, workers: int) -> tuple[int, int]:
+    """The part [first, last) of the positions [start, stop) that one worker computes.
+
+    Shares are contiguous, cover the batch and differ by one image at most.
+    """
+    size = stop - start
+    return start + size * rank // workers, start + size * (rank + 1) // workers
+
+
+def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
+    """Seed of the random draws inside the network (dropout) for one step on one worker.
+
+    Drawn anew for each step, so that a resumed run needs no saved generator state; hashed, so
+    that no two (epoch, step, rank) share a stream.
+    """
+    key = f"{seed}/{epoch}/{step}/{rank}".encode()
+    return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1
