@@ -56,7 +56,7 @@ class TorchComm(Comm):
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             self.name = f"DistributedDataParallel, {backend}"
             dist.init_process_group(backend)
-            self.patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+            self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @classmethod
     def launched_rank(cls) -> int:

@@ -67,9 +67,7 @@ def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential
     """The identity, or a projection where the shape changes."""
     if stride == 1 and channels_in == channels_out:
         return nn.Sequential()
-    return nn.Sequential(
-        conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out)
-    )
+    return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
 
 
 class ResNet(nn.Module):

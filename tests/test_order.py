@@ -76,9 +76,7 @@ def test_augmented_batches_equal_torchvisions_transforms_image_by_image(pad_mode
     images = np.random.RandomState(0).randint(0, 256, (20, 32, 32, 3)).astype(np.uint8)
     labels = np.arange(20, dtype=np.int64)
     mean, std = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
-    data = ImageSet(
-        images, labels, mean, std, device=torch.device("cpu"), pad=4, pad_mode=pad_mode
-    )
+    data = ImageSet(images, labels, mean, std, device=torch.device("cpu"), pad=4, pad_mode=pad_mode)
     draws = order.crops_and_flips(20, seed=5, epoch=1, pad=4)
     index = torch.tensor([7, 3, 19, 0, 3])
     batch, batch_labels = data.batch(index, torch.from_numpy(draws))

@@ -136,7 +136,7 @@ def test_a_meter_counts_images_not_batches():
     meter.update(torch.tensor(8.0), right, torch.arange(4))
     wrong = torch.eye(10)[1:2] * 5
     meter.update(torch.tensor(7.0), wrong, torch.tensor([9]))
-    assert meter.reduced(Comm()) == Metrics(loss=3.0, top1=80.0, top5=80.0, count=5)
+    assert meter.reduced(Comm()) == Metrics(loss=3.0, top1=80.0, top5=80.0, images=5)
 
 
 def test_logits_that_are_not_numbers_are_not_counted_as_right():
@@ -183,9 +183,7 @@ class TestCheckpoint:
 
     def test_a_file_in_the_format_of_old_torch_loads(self, tmp_path):
         path = tmp_path / "old.pth.tar"
-        torch.save(
-            self.state(create_model("alexnet")), path, _use_new_zipfile_serialization=False
-        )
+        torch.save(self.state(create_model("alexnet")), path, _use_new_zipfile_serialization=False)
         assert checkpoint.load(path)["best_acc"] == 2.0
 
     def test_another_network_is_named(self, tmp_path):

@@ -5,9 +5,7 @@ train, ``state_dict``, ``acc``, ``best_acc``, ``optimizer``) and more beside the
 numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)`` reads it.
 """
 
-import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.optim import Optimizer
 
 from models import identify
 from utils.errors import UserError
+from utils.files import write_atomically
 
 FORMAT = 1
 LATEST = "checkpoint.pth.tar"
@@ -26,37 +25,12 @@ BEST = "model_best.pth.tar"
 def save(folder: Path, state: dict[str, Any], is_best: bool) -> None:
     """Write the newest checkpoint, and the best one too where is_best.
 
-    Each file is complete or absent at every moment: a temporary file is flushed to disk and
-    renamed, and the previous one stays until then.
+    The previous file stays until the new one is complete.
     """
-    _replace(folder / LATEST, lambda file: torch.save(state, file))
+    write_atomically(folder / LATEST, lambda file: torch.save(state, file))
     if is_best:
         with (folder / LATEST).open("rb") as source:
-            _replace(folder / BEST, lambda file: shutil.copyfileobj(source, file))
-
-
-def _replace(path: Path, write: Any) -> None:
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself
-    finally:
-        os.close(folder)
-
-
-def check_writable(folder: Path) -> None:
-    """Raise OSError where no file can be made in the folder."""
-    with tempfile.NamedTemporaryFile(dir=folder, prefix=".writable."):
-        pass
+            write_atomically(folder / BEST, lambda file: shutil.copyfileobj(source, file))
 
 
 def load(path: Path, flag: str = "--resume") -> dict[str, Any]:

@@ -34,6 +34,7 @@ from utils.errors import (
     TrainingError,
     UserError,
 )
+from utils.files import check_writable, clear_leftovers
 from utils.logger import ProgressBar, RunLog, check_tensorboard
 from utils.metrics import Meter, Metrics
 from utils.optim import Schedule, build_optimizer, scaled_rate, set_learning_rate
@@ -139,9 +140,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         return
 
     rate = scaled_rate(options.lr, batch, options.lr_scaling)
-    schedule = Schedule(
-        rate, options.schedule, options.gamma, options.warmup_steps, options.warmup
-    )
+    schedule = Schedule(rate, options.schedule, options.gamma, options.warmup_steps, options.warmup)
     optimizer = build_optimizer(
         model, rate, options.momentum, options.weight_decay, options.nesterov
     )
@@ -184,7 +183,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         say(
             f"train loss {train.loss:.4f} top1 {train.top1:.2f} | "
             f"valid loss {valid.loss:.4f} top1 {valid.top1:.2f} top5 {valid.top5:.2f} | "
-            f"{time.perf_counter() - started:.1f} s, {train.count / train_seconds:,.0f} images/s"
+            f"{time.perf_counter() - started:.1f} s, {train.images / train_seconds:,.0f} images/s"
         )
         log.epoch(epoch + 1, rates[-1], train, valid, train_seconds)
         if comm.is_main:
@@ -247,13 +246,8 @@ def run_folder(options: argparse.Namespace) -> Path:
         return Path(options.checkpoint)
     if options.resume and options.resume != "auto":
         return Path(options.resume).parent
-    given = model_arguments_of(options)
-    arguments = {**_known_arguments(options.arch), **given}
-    return Path("checkpoints") / options.dataset / run_name(options.arch, arguments)
-
-
-def _known_arguments(arch: str) -> dict[str, object]:
-    return {k: v for k, v in model_arguments(arch).items() if k in MODEL_FLAGS}
+    name = run_name(options.arch, model_arguments_of(options))
+    return Path("checkpoints") / options.dataset / name
 
 
 def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
@@ -401,7 +395,8 @@ def claim_folder(folder: Path, options: argparse.Namespace, saved: Saved | None)
                 "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.check_writable(folder)
+        check_writable(folder)
+        clear_leftovers(folder)
         for name in [] if mine else found:
             (folder / name).unlink()
     except OSError as error:
@@ -526,8 +521,8 @@ def evaluate(model: nn.Module, images: ImageSet, batch: int, amp: str, comm: Com
             bar.show(k + 1, meter.local())
     bar.finish()
     result = meter.reduced(comm)  # one sum over the workers
-    if result.count != len(images):
-        raise TrainingError(f"evaluated {result.count} images of {len(images)}")
+    if result.images != len(images):
+        raise TrainingError(f"evaluated {result.images} images of {len(images)}")
     return result
 
 
@@ -544,7 +539,7 @@ def report_evaluation(result: Metrics, saved: Saved | None, say: Any) -> None:
         say(f"{saved.path}, after epoch {saved.state.get('epoch', 'unknown')}")
     say(
         f"Test Loss: {result.loss:.8f}, Test Acc: {result.top1:.2f} "
-        f"({round(result.top1 * result.count / 100)} of {result.count}), top5 {result.top5:.2f}"
+        f"({round(result.top1 * result.images / 100)} of {result.images}), top5 {result.top5:.2f}"
     )
 
 
@@ -563,7 +558,7 @@ def checkpoint_state(
         "epoch": position.epoch,
         "step": 0,
         "arch": options.arch,
-        "arch_arguments": {**_known_arguments(options.arch), **model_arguments_of(options)},
+        "arch_arguments": {**model_arguments(options.arch), **model_arguments_of(options)},
         "dataset": options.dataset,
         "classes": list(data.classes),
         "mean": list(data.mean),

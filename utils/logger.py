@@ -60,7 +60,7 @@ class RunLog:
             "train_top5": train.top5,
             "valid_top5": valid.top5,
             "seconds": round(seconds, 3),
-            "images_per_second": round(train.count / seconds, 1),
+            "images_per_second": round(train.images / seconds, 1),
         }
         with self.lines.open("a") as file:
             file.write(json.dumps(record) + "\n")

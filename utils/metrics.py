@@ -13,12 +13,12 @@ from utils.comm import Comm
 
 
 class Metrics(NamedTuple):
-    """Means over all images of all workers: loss, accuracies in per cent, and the image count."""
+    """Means over all images of all workers: loss, accuracies in per cent, and how many images."""
 
     loss: float
     top1: float
     top5: float
-    count: int
+    images: int
 
 
 class Meter:

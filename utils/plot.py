@@ -1,14 +1,14 @@
-"""Curves of one run (log.png), or of several runs over each other.
+"""Curves of one run (log.png), or of several runs over each other:
 
-    python -m utils.plot checkpoints/cifar10/*/log.txt -o compare.png
+``python -m utils.plot checkpoints/cifar10/*/log.txt -o compare.png``
 """
 
 import argparse
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import write_atomically
 from utils.logger import LOG_COLUMNS
 
 PANELS = (("loss", "Train Loss", "Valid Loss"), ("accuracy, %", "Train Acc.", "Valid Acc."))
@@ -48,9 +48,7 @@ def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    temporary = picture.with_name(f".{picture.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=100)
-    os.replace(temporary, picture)
+    write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def main() -> int:

@@ -30,9 +30,7 @@ class Step:
         self.amp = amp
         self.passes = passes
 
-    def __call__(
-        self, images: Tensor, labels: Tensor, global_batch: int
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor, global_batch: int) -> tuple[Tensor, Tensor]:
         """Train on this worker's share of a batch of global_batch images.
 
         The engines average gradients over the workers. Each worker's loss is its sum divided by

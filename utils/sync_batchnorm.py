@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from utils.comm import Comm
 
@@ -79,9 +78,7 @@ class _Normalise(torch.autograd.Function):
         grad_weight = (grad_wide * standard).sum((0, 2, 3))
         sums = torch.cat([grad_bias.double(), grad_weight.double()])
         sums = ctx.comm.sum_(sums) / count  # all-reduce
-        mean_grad, mean_grad_standard = (
-            _per_channel(s.to(weight.dtype)) for s in sums.chunk(2)
-        )
+        mean_grad, mean_grad_standard = (_per_channel(s.to(weight.dtype)) for s in sums.chunk(2))
         scale = _per_channel((inverse_std * weight.double()).to(weight.dtype))
         grad_x = (grad_wide - mean_grad - standard * mean_grad_standard) * scale
         return grad_x.to(x.dtype), grad_weight, grad_bias, None, None

@@ -1,0 +1,81 @@
+"""Train a CIFAR-10/100 classifier with Horovod.
+
+One process:     python cifar_horovod.py -a resnet --depth 20
+Two workers:     horovodrun -np 2 -H localhost:2 python cifar_horovod.py -a alexnet
+From a recipe:   ./launcher.sh -m alexnet -n 2 -d cifar10 -f horovod
+
+This file holds what is particular to the engine: how workers meet and how they communicate. The
+program itself is utils/engine.py, shared with cifar.py.
+"""
+
+import os
+import sys
+
+# Read by hvd.init. The response cache must hold every tensor of a model, or each step negotiates
+# them anew: ResNet-1202 has 3,611 parameters, the default is 1,024.
+os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "8192")
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from utils.comm import Comm, Exchange
+from utils.engine import main
+from utils.errors import BAD_INPUT, UserError
+
+try:
+    import horovod.torch as hvd
+except ImportError:
+    print("error: Horovod is not installed here; ./setup.sh --horovod builds it", file=sys.stderr)
+    sys.exit(BAD_INPUT)
+
+
+class HorovodComm(Comm):
+    """Horovod: NCCL between GPUs where it was built with it, Gloo or MPI between processes.
+
+    Without horovodrun it is one worker of one.
+    """
+
+    def __init__(self) -> None:
+        hvd.init()
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        super().__init__()
+        self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
+
+    @classmethod
+    def launched_rank(cls) -> int:
+        return int(os.environ.get("HOROVOD_RANK", 0))
+
+    def wrap(
+        self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
+    ) -> tuple[nn.Module, Optimizer]:
+        if exchange.adasum and not hvd.mpi_built():
+            raise UserError(
+                "--adasum: this Horovod is built without MPI, which Adasum needs; leave it out"
+            )
+        hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # buffers included
+        optimizer = hvd.DistributedOptimizer(  # its hooks all-reduce during backward
+            optimizer,
+            named_parameters=model.named_parameters(),
+            compression=getattr(hvd.Compression, exchange.compression),
+            backward_passes_per_step=exchange.passes,
+            op=hvd.Adasum if exchange.adasum else hvd.Average,
+        )
+        return model, optimizer
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        return hvd.allreduce_(tensor, op=hvd.Sum)
+
+    def broadcast_(self, tensor: Tensor) -> Tensor:
+        return hvd.broadcast_(tensor, root_rank=0)
+
+    def max_(self, value: int) -> int:
+        return int(hvd.allreduce(torch.tensor(value), op=hvd.Max))
+
+    def close(self) -> None:
+        hvd.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main(HorovodComm))

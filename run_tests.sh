@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Lint and tests. Arguments go to pytest; --slow adds the slow tests.
+set -euo pipefail
+here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+cd "$here"
+
+marks='not slow and not gpu'
+arguments=()
+for argument in "$@"; do
+    case $argument in
+        --slow) marks='not gpu' ;;
+        -h | --help)
+            echo 'usage: ./run_tests.sh [--slow] [arguments for pytest]'
+            exit 0
+            ;;
+        *) arguments+=("$argument") ;;
+    esac
+done
+
+python=$(./setup.sh --dev --which)
+bin=$(dirname "$python")
+scripts=(launcher.sh setup.sh run_tests.sh .ci/run)
+
+run() {
+    printf '+ %s\n' "$*"
+    "$@"
+}
+
+run "$python" -m ruff check .
+run "$python" -m ruff format --check .
+run "$python" -m mypy
+run "$bin/shellcheck" "${scripts[@]}"
+run "$python" -m pytest -m "$marks" "${arguments[@]}"

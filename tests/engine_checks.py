@@ -1,0 +1,164 @@
+"""What every engine promises, checked inside its own workers.
+
+Not a test module: test_engines.py starts it under each engine's real launcher, as
+``python engine_checks.py cifar`` or ``... cifar_horovod``. Rank 0 prints one line a check.
+"""
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import create_model
+from utils import order
+from utils.augment import ImageSet
+from utils.comm import Comm, Exchange
+from utils.engine import evaluate
+from utils.errors import PeerFailed, UserError
+from utils.optim import build_optimizer
+from utils.step import Step
+from utils.sync_batchnorm import convert_sync_batchnorm
+
+CPU = torch.device("cpu")
+
+
+def check_sum(comm: Comm) -> None:
+    for kind in (torch.float32, torch.float64, torch.int64):
+        tensor = torch.arange(3, dtype=kind) + comm.rank
+        returned = comm.sum_(tensor)
+        wanted = comm.size * torch.arange(3) + sum(range(comm.size))
+        assert returned.data_ptr() == tensor.data_ptr(), "sum_ is not in place"
+        assert torch.equal(tensor, wanted.to(kind)), tensor
+
+
+def check_broadcast_and_max(comm: Comm) -> None:
+    tensor = torch.full((4,), 7.0 + comm.rank)
+    assert torch.equal(comm.broadcast_(tensor), torch.full((4,), 7.0))
+    assert comm.max_(comm.rank * 3) == 3 * (comm.size - 1)
+
+
+def check_buffers_become_the_average(comm: Comm) -> None:
+    model = nn.Sequential(nn.BatchNorm2d(3), nn.BatchNorm2d(5))
+    for buffer in model.buffers():
+        buffer.fill_(comm.rank + 1)
+    counter = int(model[0].num_batches_tracked)
+    comm.average_buffers(model)
+    mean = (comm.size + 1) / 2
+    assert torch.equal(model[1].running_var, torch.full((5,), mean))
+    assert int(model[0].num_batches_tracked) == counter, "counters are no averages"
+
+
+def check_wrap_starts_from_rank_0(comm: Comm) -> None:
+    torch.manual_seed(comm.rank)
+    model = nn.Linear(4, 4)
+    optimizer = build_optimizer(model, 0.1, 0.9, 0.0, False)
+    comm.wrap(model, optimizer, Exchange())
+    _equal_everywhere(comm, model)
+
+
+def check_uneven_shares_give_the_exact_gradient(comm: Comm) -> None:
+    _trains_like_one_process(comm, lambda: create_model("alexnet").double(), sync_bn=False)
+
+
+def check_several_backward_passes_give_the_exact_gradient(comm: Comm) -> None:
+    _trains_like_one_process(
+        comm, lambda: create_model("alexnet").double(), sync_bn=False, passes=3
+    )
+
+
+def check_sync_batchnorm_is_batchnorm_over_the_global_batch(comm: Comm) -> None:
+    _trains_like_one_process(comm, lambda: create_model("resnet", depth=8).double(), sync_bn=True)
+
+
+def check_evaluation_is_exact(comm: Comm) -> None:
+    torch.manual_seed(0)
+    model = create_model("resnet", depth=8)
+    images = _images(101)
+    mine = evaluate(model, images, 10, "off", comm)
+    alone = evaluate(model, images, 10, "off", Serial())
+    assert (mine.images, mine.top1, mine.top5) == (101, alone.top1, alone.top5), (mine, alone)
+    assert abs(mine.loss - alone.loss) < 1e-6
+
+
+def check_a_failure_in_main_first_reaches_the_others(comm: Comm) -> None:
+    expected = UserError if comm.local_rank == 0 else PeerFailed
+    with pytest.raises(expected) as caught, comm.main_first():  # noqa: PT012
+        if comm.local_rank == 0:
+            raise UserError("planted")
+    assert getattr(caught.value, "code", 2) == 2
+
+
+class Serial(Comm):
+    """The serial engine on the CPU, for comparison inside a worker of another engine."""
+
+    def __init__(self) -> None:
+        self.device = CPU
+
+
+def _images(count: int, dtype: torch.dtype = torch.float32) -> ImageSet:
+    random = np.random.RandomState(1)
+    return ImageSet(
+        random.randint(0, 256, (count, 32, 32, 3)).astype(np.uint8),
+        random.randint(0, 10, count).astype(np.int64),
+        (0.5, 0.5, 0.5),
+        (0.25, 0.25, 0.25),
+        device=CPU,
+        dtype=dtype,
+    )
+
+
+def _trains_like_one_process(
+    comm: Comm, build: Callable[[], nn.Module], sync_bn: bool, passes: int = 1
+) -> None:
+    """Three steps on shares of a batch that no worker count divides, against the whole batch."""
+    batch = 13
+    images = _images(3 * batch, torch.float64)
+
+    def train(engine: Comm) -> nn.Module:
+        torch.manual_seed(2)
+        model = build()
+        if sync_bn and engine is comm:
+            convert_sync_batchnorm(model, engine)
+        optimizer = build_optimizer(model, 0.05, 0.9, 5e-4, False)
+        step = Step(engine, *engine.wrap(model, optimizer, Exchange(passes=passes)), "off", passes)
+        for start in range(0, 3 * batch, batch):
+            first, last = order.share(start, start + batch, engine.rank, engine.size)
+            step(*images.batch(torch.arange(first, last)), batch)
+        return model
+
+    together, alone = train(comm), train(Serial())
+    for (name, mine), other in zip(together.named_parameters(), alone.parameters(), strict=True):
+        difference = (mine - other).abs().max().item()
+        assert difference < 1e-10, f"{name} differs by {difference}"
+    _equal_everywhere(comm, together)
+
+
+def _equal_everywhere(comm: Comm, model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        main = comm.broadcast_(parameter.detach().clone())
+        assert torch.equal(main, parameter), f"{name} differs between ranks"
+
+
+ENGINES = {"cifar": "TorchComm", "cifar_horovod": "HorovodComm"}
+
+
+def main(script: str) -> None:
+    comm: Comm = getattr(import_module(script), ENGINES[script])()
+    torch.set_num_threads(1)
+    for name, check in list(globals().items()):
+        if name.startswith("check_"):
+            check(comm)
+            if comm.is_main:
+                print(name, "passed", flush=True)
+    comm.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])  # the launcher may put --local-rank before it

@@ -1,0 +1,30 @@
+"""The contract of utils/comm.py on every engine, and the seam below the two scripts."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import engine_checks
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_engine_keeps_its_promises(launch, engine, workers):
+    if engine == "serial" and workers > 1:
+        pytest.skip("the serial engine has one worker")
+    result = launch([], workers=workers, script="tests/engine_checks.py")
+    passed = re.findall(r"(check_\w+) passed", result.stdout)
+    assert passed == CHECKS, result.stdout + result.stderr
+    assert result.returncode == 0, result.stderr
+
+
+def test_no_engine_is_known_below_the_two_scripts():
+    for path in [*ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py")]:
+        for line in path.read_text().splitlines():
+            code = line.partition("#")[0]
+            assert not re.search(r"\b(hvd|horovod)\b", code), (path, line)
+            assert not re.search(r"(import|from) torch\.distributed", code), (path, line)
+            assert "dist." not in code or "torch.distributed" not in code, (path, line)

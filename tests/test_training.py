@@ -1,0 +1,155 @@
+"""Training runs of the real scripts: what they print, what they leave, and that engines agree."""
+
+import json
+import re
+
+import pytest
+import torch
+
+from utils import checkpoint
+from utils.logger import LOG_COLUMNS
+from utils.plot import read_log
+
+# A run of a few seconds: part of the synthetic data.
+QUICK = "-d synthetic10 --train-size 400 --test-size 101 --train-batch 64 --epochs 2".split()
+
+
+def weights(folder):
+    return checkpoint.load(folder / checkpoint.LATEST)["state_dict"]
+
+
+def test_a_run_leaves_the_promised_files_and_every_worker_count_agrees(launch, tmp_path):
+    """Written once, run on every engine: two workers train what one process trains."""
+    common = [*QUICK, "-a", "alexnet", "--lr", "0.01", "--dtype", "float64"]
+    result = launch([*common, "-c", str(tmp_path / "two")], workers=2)
+    assert result.returncode == 0, result.stdout + result.stderr
+    folder = tmp_path / "two"
+    assert sorted(p.name for p in folder.iterdir()) == [
+        "args.json", "checkpoint.pth.tar", "log.png", "log.txt", "metrics.jsonl",
+        "model_best.pth.tar",
+    ]  # fmt: skip
+    log = read_log(folder / "log.txt")
+    assert tuple(log) == LOG_COLUMNS
+    assert [len(column) for column in log.values()] == [2] * 5
+    assert (folder / "log.png").read_bytes().startswith(b"\x89PNG")
+    args = json.loads((folder / "args.json").read_text())
+    assert args["options"]["arch"] == "alexnet"
+    assert args["versions"]["torch"] == torch.__version__
+    assert result.stdout.count("Last acc:") == result.stdout.count("Best acc:") == 1
+    assert result.stdout.count("Epoch: [1 | 2]") == 1, "rank 0 alone prints"
+    assert "64 images per step over all workers" in result.stdout
+
+
+def test_one_two_and_three_workers_end_with_the_same_parameters(run_script, tmp_path):
+    common = [*QUICK, "-a", "alexnet", "--lr", "0.01", "--dtype", "float64"]
+    for workers in (None, 2, 3):
+        result = run_script([*common, "-c", str(tmp_path / str(workers))], workers=workers)
+        assert result.returncode == 0, result.stderr
+    alone = weights(tmp_path / "None")
+    for workers in (2, 3):
+        together = weights(tmp_path / str(workers))
+        for name, tensor in alone.items():
+            assert (tensor - together[name]).abs().max() < 1e-9, (workers, name)
+    counts = {tuple(read_log(tmp_path / str(w) / "log.txt")["Valid Acc."]) for w in (None, 2, 3)}
+    assert len(counts) == 1, "evaluation depends on the number of workers"
+
+
+def test_an_interrupted_run_ends_as_the_untouched_one(run_script, tmp_path):
+    """Stopped after an epoch, continued by --resume auto: the same bits."""
+    common = [*QUICK, "-a", "resnet", "--depth", "8", "--schedule", "1"]
+    untouched, resumed = tmp_path / "untouched", tmp_path / "resumed"
+    assert run_script([*common, "-c", str(untouched)]).returncode == 0
+    assert run_script([*common, "-c", str(resumed), "--epochs", "1"]).returncode == 0
+    result = run_script([*common, "-c", str(resumed), "--resume", "auto"])
+    assert result.returncode == 0, result.stderr
+    assert "after epoch 1" in result.stdout
+    one, other = (checkpoint.load(f / checkpoint.LATEST) for f in (untouched, resumed))
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    for name, tensor in one["state_dict"].items():
+        assert torch.equal(tensor, other["state_dict"][name]), name
+    for index, entry in one["optimizer"]["state"].items():
+        buffer = other["optimizer"]["state"][index]["momentum_buffer"]
+        assert torch.equal(entry["momentum_buffer"], buffer)
+    assert (untouched / "log.txt").read_text() == (resumed / "log.txt").read_text()
+
+
+class TestRunFolder:
+    @pytest.fixture
+    def finished(self, run_script, tmp_path):
+        """A folder that holds a finished run, and the flags that made it."""
+        flags = [*QUICK, "-a", "alexnet", "--epochs", "1", "-c", str(tmp_path / "run")]
+        assert run_script(flags).returncode == 0
+        return tmp_path / "run", flags
+
+    def test_is_not_overwritten_in_silence_and_evaluates_to_what_was_logged(
+        self, finished, run_script
+    ):
+        folder, flags = finished
+        before = (folder / checkpoint.LATEST).read_bytes()
+        again = run_script(flags)
+        assert again.returncode == 2
+        for way_out in ("--resume auto", "--overwrite"):
+            assert way_out in again.stderr
+        assert len(again.stderr.strip().splitlines()) == 1
+        assert (folder / checkpoint.LATEST).read_bytes() == before
+
+        accuracy = read_log(folder / "log.txt")["Valid Acc."][0]
+        evaluate = ["-e", "--resume", str(folder / checkpoint.LATEST)]
+        for workers in (None, 3):
+            shown = run_script([*flags, *evaluate], workers=workers)
+            assert shown.returncode == 0, shown.stderr
+            assert f"Test Acc: {accuracy:.2f}" in shown.stdout
+            assert re.search(r"\(\d+ of 101\)", shown.stdout)
+
+        assert run_script([*flags, "--overwrite"]).returncode == 0
+
+    def test_a_finished_run_says_so_when_resumed(self, finished, run_script):
+        _, flags = finished
+        result = run_script([*flags, "--resume", "auto"])
+        assert result.returncode == 2
+        assert "--epochs" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("-a resnet --depth 21", ["--depth 21", "6n", "20"]),
+        ("-a alexnet --depth 20", ["--depth", "alexnet"]),
+        ("-a resnet --train-batch 1", ["--train-batch 1", "2 workers"]),
+        ("-a resnet --resume no/such/file", ["--resume no/such/file", "no such file"]),
+        ("-a resnet --data-md5 00", ["--data-md5"]),
+        ("-a resnet --val-split 400", ["--val-split 400", "fewer"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(run_script, tmp_path, flags, words):
+    result = run_script([*QUICK, *flags.split(), "-c", str(tmp_path / "run")], workers=2)
+    assert result.returncode != 0
+    (line,) = [x for x in result.stderr.splitlines() if x.startswith("error:")]
+    for word in words:
+        assert word in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_flags_of_a_run_that_needs_more_than_the_defaults(run_script, tmp_path):
+    """Held-out images select the best epoch; sync-bn, warm-up, passes and the rest run together."""
+    flags = "-a resnet --depth 8 --val-split 100 --sync-bn --warmup-steps 3 --nesterov"
+    more = "--pad-mode reflect --stats legacy --deterministic --tensorboard --compression fp16"
+    result = run_script(
+        [*QUICK, *flags.split(), *more.split(), "--backward-passes-per-step", "2", "-c",
+         str(tmp_path / "run")],
+        workers=2,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "300 to train" in result.stdout
+    assert "100 to validate" in result.stdout
+    assert "chosen by validation accuracy" in result.stdout
+    assert list((tmp_path / "run").glob("events.out.tfevents*"))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run_script, tmp_path):
+    result = run_script(
+        [*QUICK, "-a", "alexnet", "--lr", "1e9", "-c", str(tmp_path / "run")], workers=2
+    )
+    assert result.returncode != 0
+    assert "learning rate" in result.stderr
+    assert not (tmp_path / "run" / checkpoint.LATEST).exists()

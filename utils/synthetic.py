@@ -1,0 +1,141 @@
+"""The embedded data set: images in CIFAR's shape, drawn from a fixed seed, no download.
+
+Each image shows one of ten shapes filled with one of ten textures, at a random place, size, phase
+and in random colours, with noise. In synthetic10 the texture is the class and the shape is chance;
+in synthetic100 both together are the class. Nothing fixed stands at a fixed pixel, so a linear
+classifier learns little, and a small convolutional network nearly everything. All shapes and
+textures are their own mirror images, because training flips images.
+"""
+
+import numpy as np
+
+TEXTURES = (
+    "plain", "lines", "wide-lines", "columns", "wide-columns", "checks", "wide-checks", "lattice",
+    "ripples", "speckle",
+)  # fmt: skip
+SHAPES = (
+    "disc", "square", "diamond", "tent", "funnel", "plus", "saltire", "hourglass", "bow", "pill",
+)  # fmt: skip
+
+SIZE = 32
+_CHUNK = 500  # images drawn at a time: bounds the memory, and is part of the seed
+_TRAIN, _TEST = 0, 1
+
+# Mean and deviation per channel of all 50,000 training images, pixels scaled to 0..1; both data
+# sets have the same images.
+STATISTICS = ((0.4989, 0.4991, 0.4979), (0.2049, 0.2043, 0.2045))
+
+
+def class_names(classes: int) -> tuple[str, ...]:
+    """The names of the 10 or 100 classes, in the order of their labels."""
+    if classes == 10:
+        return TEXTURES
+    return tuple(f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES)
+
+
+def generate(classes: int, train: bool, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first count images of a set, the same whatever count is.
+
+    Returns:
+        (count, 32, 32, 3) uint8 images and (count,) int64 labels.
+    """
+    images = np.empty((count, SIZE, SIZE, 3), np.uint8)
+    labels = np.empty(count, np.int64)
+    for chunk, start in enumerate(range(0, count, _CHUNK)):
+        stream = np.random.RandomState([_TRAIN if train else _TEST, chunk])
+        shapes = stream.randint(0, len(SHAPES), _CHUNK)
+        textures = stream.randint(0, len(TEXTURES), _CHUNK)
+        part = slice(start, min(start + _CHUNK, count))
+        size = part.stop - part.start
+        images[part] = _draw(stream, shapes, textures)[:size]
+        labels[part] = (textures if classes == 10 else len(TEXTURES) * shapes + textures)[:size]
+    return images, labels
+
+
+def _draw(stream: np.random.RandomState, shapes: np.ndarray, textures: np.ndarray) -> np.ndarray:
+    """(B, 32, 32, 3) uint8 images with the given shapes and textures, each (B,)."""
+    count = len(shapes)
+
+    def column(low: float, high: float) -> np.ndarray:
+        return stream.uniform(low, high, (count, 1, 1)).astype(np.float32)
+
+    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)[:, None]
+    middle_x, middle_y, radius = column(12, 20), column(12, 20), column(10, 14)
+    right, down = x - middle_x, y - middle_y  # pixels from the middle, (B, 32, 32)
+    inside = np.empty((count, SIZE, SIZE), bool)
+    for number, name in enumerate(SHAPES):
+        chosen = shapes == number
+        u, v = right[chosen] / radius[chosen], down[chosen] / radius[chosen]
+        inside[chosen] = _shape(name, u, v)
+    phase_x, phase_y, stretch = column(0, 2 * np.pi), column(0, 2 * np.pi), column(0.9, 1.1)
+    pattern = np.empty((count, SIZE, SIZE), np.float32)
+    for number, name in enumerate(TEXTURES):
+        chosen = textures == number
+        waves = (right[chosen] * stretch[chosen], down[chosen] * stretch[chosen])
+        pattern[chosen] = _texture(name, *waves, phase_x[chosen], phase_y[chosen], stream)
+    ground = stream.uniform(30, 225, (count, 1, 1, 3)).astype(np.float32)
+    paint = stream.uniform(80, 175, (count, 1, 1, 3)).astype(np.float32)
+    contrast = stream.uniform(15, 40, (count, 1, 1, 3)).astype(np.float32)
+    filled = paint + contrast * pattern[..., None]
+    picture = np.where(inside[..., None], filled, ground)
+    picture += stream.randint(-20, 21, picture.shape, dtype=np.int8)  # noise
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def _shape(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
+    """Which points lie inside; (u, v) point right and down, the shape reaches to about 1."""
+    across, along = np.abs(u), np.abs(v)
+    far, near = np.maximum(across, along), np.minimum(across, along)
+    if name == "disc":
+        return u * u + v * v < 1
+    if name == "square":
+        return far < 0.85
+    if name == "diamond":
+        return across + along < 1.2
+    if name == "tent":
+        return (along < 0.9) & (across < 0.55 * (v + 0.9))
+    if name == "funnel":
+        return (along < 0.9) & (across < 0.55 * (0.9 - v))
+    if name == "plus":
+        return (near < 0.4) & (far < 1)
+    if name == "saltire":
+        return (np.abs(across - along) < 0.45) & (far < 0.95)
+    if name == "hourglass":
+        return (along < 0.95) & (across < 0.25 + 0.75 * along)
+    if name == "bow":
+        return (across < 0.95) & (along < 0.25 + 0.75 * across)
+    return (along < 0.5) & (across < 1.1)  # pill
+
+
+def _texture(
+    name: str,
+    x: np.ndarray,
+    y: np.ndarray,
+    phase_x: np.ndarray,
+    phase_y: np.ndarray,
+    stream: np.random.RandomState,
+) -> np.ndarray:
+    """-1 and 1 (0 where there is no pattern) at points x right and y down, in pixels."""
+
+    def wave(position: np.ndarray, period: float, phase: np.ndarray) -> np.ndarray:
+        return np.sign(np.sin(position * (2 * np.pi / period) + phase))
+
+    if name == "plain":
+        return np.zeros_like(x + y)
+    if name == "lines":
+        return wave(y, 4, phase_y) + 0 * x
+    if name == "wide-lines":
+        return wave(y, 9, phase_y) + 0 * x
+    if name == "columns":
+        return wave(x, 4, phase_x) + 0 * y
+    if name == "wide-columns":
+        return wave(x, 9, phase_x) + 0 * y
+    if name == "checks":
+        return wave(x, 6, phase_x) * wave(y, 6, phase_y)
+    if name == "wide-checks":
+        return wave(x, 13, phase_x) * wave(y, 13, phase_y)
+    if name == "lattice":
+        return wave(x + y, 8, phase_x) * wave(x - y, 8, phase_y)
+    if name == "ripples":
+        return wave(np.sqrt(x * x + y * y), 6, phase_x)
+    return np.sign(stream.uniform(-1, 1, (x + y).shape)).astype(np.float32)  # speckle
