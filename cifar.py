@@ -11,7 +11,6 @@ program itself is utils/engine.py, shared with cifar_horovod.py.
 
 import inspect
 import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from utils.comm import Comm, Exchange
-from utils.engine import main
+from utils.engine import leave, main
 
 # Training never reads batch-norm buffers, so broadcasting them at each forward is waste; see
 # Comm.average_buffers. torch 2.15 has renamed the argument.
@@ -104,4 +103,4 @@ class TorchComm(Comm):
 
 
 if __name__ == "__main__":
-    sys.exit(main(TorchComm))
+    leave(main(TorchComm))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils.comm import Comm, Exchange
-from utils.engine import main
+from utils.engine import leave, main
 from utils.errors import BAD_INPUT, UserError
 
 try:
@@ -78,4 +78,4 @@ class HorovodComm(Comm):
 
 
 if __name__ == "__main__":
-    sys.exit(main(HorovodComm))
+    leave(main(HorovodComm))

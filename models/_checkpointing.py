@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,10 +25,12 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
     """Without this the second forward pass would count its batch a second time."""
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum = 0.0  # new statistics get no weight
+        norm.num_batches_tracked = torch.tensor(0)
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, counter) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, counter

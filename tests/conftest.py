@@ -100,6 +100,12 @@ def no_process_is_left():
     assert "cifar" not in commands, commands
 
 
+@pytest.fixture(name="run")
+def run_fixture():
+    """Run any command with a time limit, in the tests' environment."""
+    return run
+
+
 @pytest.fixture
 def run_script():
     """Start cifar.py: alone, or with several workers under torch.distributed.launch."""

@@ -22,9 +22,9 @@ def test_engine_keeps_its_promises(launch, engine, workers):
 
 
 def test_no_engine_is_known_below_the_two_scripts():
+    """Messages may name an engine; code may not."""
+    engine = re.compile(
+        r"\bhvd\b|(import|from) (horovod|torch\.distributed)|torch\.distributed\.\w+\("
+    )
     for path in [*ROOT.glob("models/*.py"), *ROOT.glob("utils/*.py")]:
-        for line in path.read_text().splitlines():
-            code = line.partition("#")[0]
-            assert not re.search(r"\b(hvd|horovod)\b", code), (path, line)
-            assert not re.search(r"(import|from) torch\.distributed", code), (path, line)
-            assert "dist." not in code or "torch.distributed" not in code, (path, line)
+        assert not engine.search(path.read_text()), path

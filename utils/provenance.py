@@ -21,7 +21,7 @@ def versions() -> dict[str, str]:
     """Versions of what computes."""
     return {
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),  # a subclass of str otherwise
         "numpy": np.__version__,
         "cuda": torch.version.cuda or "",
     }

@@ -29,8 +29,6 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         output, mean, var, count = _Normalise.apply(
             input, self.weight, self.bias, self.eps, self.comm
         )
-        if not self.track_running_stats:
-            return output
         with torch.no_grad():
             if self.num_batches_tracked is not None:
                 self.num_batches_tracked.add_(1)
