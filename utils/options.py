@@ -40,7 +40,8 @@ class _HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "default" in text:
+        unset = action.default is None or isinstance(action.default, bool | list)
+        if unset or action.default == argparse.SUPPRESS or "default" in text:
             return text
         return text + " (default: %(default)s)"
 
