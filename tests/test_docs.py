@@ -26,7 +26,7 @@ def test_the_tables_of_the_readmes_are_up_to_date():
 @pytest.mark.parametrize("name", READMES)
 def test_every_flag_and_every_file_is_documented(name):
     text = (ROOT / name).read_text()
-    hidden = {"-h", "--help", "--local-rank", "--local_rank"}
+    hidden = {"-h", "--help", "--local-rank", "--local_rank", "--no-exchange"}
     for action in build_parser()._actions:
         for flag in set(action.option_strings) - hidden:
             assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag

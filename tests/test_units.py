@@ -104,8 +104,8 @@ FLAGS = {
     "--gamma", "--warmup-steps", "--warmup", "--momentum", "--nesterov", "--wd", "--weight-decay",
     "--sync-bn", "--manualSeed", "--seed", "--compression", "--backward-passes-per-step",
     "--adasum", "-c", "--checkpoint", "--resume", "--overwrite", "-e", "--evaluate",
-    "--tensorboard", "--gpu-id", "--amp", "--dtype", "--deterministic", "--local-rank",
-    "--local_rank",
+    "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
+    "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip
 
 

@@ -45,6 +45,7 @@ from utils.provenance import versions, write_args
 from utils.recipes import run_name
 from utils.step import Step
 from utils.sync_batchnorm import convert_sync_batchnorm
+from utils.trace import StepTimes
 
 
 def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:
@@ -157,8 +158,10 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     )
     passes = options.backward_passes_per_step
     exchange = Exchange(options.compression, passes, options.adasum)
-    # From here on backward averages the gradients over the workers.
-    wrapped, optimizer = comm.wrap(model, optimizer, exchange)
+    wrapped = model
+    if not options.no_exchange:
+        # From here on backward averages the gradients over the workers.
+        wrapped, optimizer = comm.wrap(model, optimizer, exchange)
     position = start_position(options, saved, optimizer)
     folder = run_folder(options)
     with comm.main_first():
@@ -173,6 +176,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         say(f"warning: {line}")
     say(position.text)
 
+    times = StepTimes(keep=options.trace is not None)
     step = Step(comm, wrapped, optimizer, options.amp, passes)
     while position.epoch < options.epochs:
         epoch = position.epoch
@@ -181,7 +185,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         rates = [schedule.learning_rate(epoch, k, len(bounds)) for k in range(len(bounds))]
         say(f"\nEpoch: [{epoch + 1} | {options.epochs}] LR: {rates[-1]:.6f}")
         model.train()
-        train = train_one_epoch(step, train_set, bounds, rates, epoch, options, comm)
+        train = train_one_epoch(step, train_set, bounds, rates, epoch, options, comm, times)
         train_seconds = time.perf_counter() - started
         if not math.isfinite(train.loss):
             raise TrainingError(
@@ -202,6 +206,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
             checkpoint.save(folder, state, is_best=position.best_epoch == epoch + 1)
             draw({folder.name: read_log(folder / "log.txt")}, folder / "log.png")
     log.close()
+    times.write(Path(options.trace) if options.trace else None, comm)
     report_end(position, model, valid_set, test_set, folder, comm, options, say)
 
 
@@ -466,6 +471,7 @@ def train_one_epoch(
     epoch: int,
     options: argparse.Namespace,
     comm: Comm,
+    times: StepTimes,
 ) -> Metrics:
     """Train one epoch on this worker's share of each batch.
 
@@ -477,6 +483,7 @@ def train_one_epoch(
         epoch: counted from 0.
         options: for seed and display.
         comm: the engine.
+        times: gets the seconds of each step.
 
     Returns:
         Means over all images that all workers trained on.
@@ -487,15 +494,16 @@ def train_one_epoch(
     bar = ProgressBar("train", len(bounds), comm.is_main)
     for k, ((start, stop), rate) in enumerate(zip(bounds, rates, strict=True)):
         first, last = order.share(start, stop, comm.rank, comm.size)
+        times.begin()
         batch, labels = images.batch(sequence[first:last], augmentation)
-        bar.data_ready()
+        times.data_ready()
         torch.manual_seed(order.step_seed(options.seed, epoch, k, comm.rank))
         set_learning_rate(step.optimizer, rate)
         loss, output = step(batch, labels, stop - start)  # all-reduces the gradients
         meter.update(loss, output, labels)
-        bar.step_done()
+        times.step_done(loss, stop - start)
         if bar.due(k + 1):
-            bar.show(k + 1, meter.local())
+            bar.show(k + 1, meter.local(), times)
     bar.finish()
     return meter.reduced(comm)  # one sum over the workers
 
@@ -518,18 +526,20 @@ def evaluate(model: nn.Module, images: ImageSet, batch: int, amp: str, comm: Com
     mine = torch.arange(comm.rank, len(images), comm.size, device=comm.device)
     parts = mine.split(batch)
     meter = Meter(comm.device)
+    times = StepTimes()
     bar = ProgressBar("valid", len(parts), comm.is_main)
     for k, index in enumerate(parts):
+        times.begin()
         inputs, labels = images.batch(index)
-        bar.data_ready()
+        times.data_ready()
         with autocast(comm.device, amp):
             output = model(inputs)
         output = at_least_float32(output)
         loss = functional.cross_entropy(output, labels, reduction="sum")
         meter.update(loss, output, labels)
-        bar.step_done()
+        times.step_done(loss, len(index))
         if bar.due(k + 1):
-            bar.show(k + 1, meter.local())
+            bar.show(k + 1, meter.local(), times)
     bar.finish()
     result = meter.reduced(comm)  # one sum over the workers
     if result.images != len(images):

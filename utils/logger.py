@@ -13,6 +13,7 @@ from progress.bar import Bar
 
 from utils.errors import UserError
 from utils.metrics import Metrics
+from utils.trace import StepTimes
 
 LOG_COLUMNS = ("Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.")
 
@@ -103,20 +104,11 @@ class ProgressBar:
         self.title = title
         self.steps = steps
         self.enabled = enabled
-        self.started = self.stepped = time.perf_counter()
+        self.started = time.perf_counter()
         self.on_terminal = enabled and sys.stdout.isatty()
         self.interval = 0.2 if self.on_terminal else 30.0
         self.shown = self.started
-        self.data_seconds = 0.0
         self.bar = _Line(title, max=steps, file=sys.stdout) if self.on_terminal else None
-
-    def data_ready(self) -> None:
-        """Mark the moment at which a step has its batch."""
-        self.data_seconds += time.perf_counter() - self.stepped
-
-    def step_done(self) -> None:
-        """Mark the moment at which a step is over."""
-        self.stepped = time.perf_counter()
 
     def due(self, step: int) -> bool:
         """True when it is time to show step (counted from 1): then ``show`` it."""
@@ -126,13 +118,13 @@ class ProgressBar:
             self.on_terminal and step == self.steps
         )
 
-    def show(self, step: int, metrics: Metrics) -> None:
+    def show(self, step: int, metrics: Metrics, times: StepTimes) -> None:
         """Draw the line for a step, counted from 1."""
         self.shown = now = time.perf_counter()
         total = now - self.started
         eta = total / step * (self.steps - step)
         text = (
-            f"({step}/{self.steps}) Data: {self.data_seconds / step:.3f}s | "
+            f"({step}/{self.steps}) Data: {sum(times.data[-step:]) / step:.3f}s | "
             f"Batch: {total / step:.3f}s | Total: {timedelta(seconds=int(total))} | "
             f"ETA: {timedelta(seconds=int(eta))} | Loss: {metrics.loss:.4f} | "
             f"top1: {metrics.top1: .4f} | top5: {metrics.top5: .4f}"

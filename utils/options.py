@@ -272,6 +272,8 @@ def _add_exchange_flags(group: argparse._ArgumentGroup) -> None:
         "--adasum", action="store_true",
         help="Horovod with MPI only: combine gradients by Adasum instead of the average",
     )  # fmt: skip
+    # For measurements: the same work without communication.
+    group.add_argument("--no-exchange", action="store_true", help=argparse.SUPPRESS)
 
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
@@ -290,6 +292,9 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         "-e", "--evaluate", action="store_true",
         help="evaluate --resume FILE on the test set; train and write nothing",
     )  # fmt: skip
+    group.add_argument(
+        "--trace", metavar="FILE", help="write loss and times of every step as JSON at the end"
+    )
     group.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard events to the run folder"
     )

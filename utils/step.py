@@ -40,7 +40,7 @@ class Step:
         Returns:
             The loss summed over the share, and its (B, classes) logits.
         """
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         cuts = [order.share(0, len(images), k, self.passes) for k in range(self.passes)]
         scale = self.comm.size / global_batch
         results = []

@@ -1,0 +1,68 @@
+"""Loss and times of every step, for comparing runs: --trace FILE."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.comm import Comm
+from utils.files import write_atomically
+
+
+class StepTimes:
+    """Where the time of the steps goes, and with ``keep`` the loss of each step.
+
+    Call ``begin``, ``data_ready`` and ``step_done`` in turn. Keeping makes the host wait for the
+    device at each mark, without which the times of a GPU would mean nothing.
+
+    Attributes:
+        data, compute: seconds per step, for making the batch and for training on it; with several
+            workers the latter has the communication in it.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.data: list[float] = []
+        self.compute: list[float] = []
+        self.losses: list[Tensor] = []
+        self.batches: list[int] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._mark = self._now()
+
+    def data_ready(self) -> None:
+        """The step has its batch."""
+        now = self._now()
+        self.data.append(now - self._mark)
+        self._mark = now
+
+    def step_done(self, loss_sum: Tensor, global_batch: int) -> None:
+        """The step is over; loss_sum is this worker's, global_batch the images of all."""
+        if self.keep:
+            self.losses.append(loss_sum.double())
+            self.batches.append(global_batch)
+        self.compute.append(self._now() - self._mark)
+
+    def _now(self) -> float:
+        if self.keep and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def write(self, path: Path | None, comm: Comm) -> None:
+        """Write what has been kept as JSON; every rank must call it."""
+        if not self.keep or path is None:
+            return
+        losses = comm.sum_(torch.stack(self.losses))  # one sum over the workers
+        record = {
+            "loss": (losses.cpu() / torch.tensor(self.batches)).tolist(),
+            "global_batch": self.batches,
+            "data_seconds": self.data,
+            "compute_seconds": self.compute,
+            "workers": comm.size,
+            "engine": comm.name,
+        }
+        if comm.is_main:
+            write_atomically(path, lambda file: file.write(json.dumps(record).encode()))
