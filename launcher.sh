@@ -19,7 +19,7 @@ END
 }
 
 fail() {
-    printf 'launcher.sh: %s\n' "$1" >&2
+    printf 'error: %s\n' "$1" >&2
     exit 2
 }
 
@@ -33,8 +33,7 @@ parse_options() {
     while (($#)); do
         case $1 in
             -m | -n | -g | -d | -f | --port)
-                (($# > 1)) && [[ $2 != -- ]] || fail "$1: needs a value; ./launcher.sh -h shows which"
-                [[ -n $2 ]] || fail "$1 '': needs a value; ./launcher.sh -h shows which"
+                [[ ${2-} != '' && $2 != -[^0-9]* ]] || fail "$1 '${2-}': needs a value; ./launcher.sh -h shows which"
                 case $1 in
                     -m) model=$2 ;;
                     -n) workers=$2 ;;
@@ -45,6 +44,8 @@ parse_options() {
                 esac
                 shift 2
                 ;;
+            --port=*) set -- --port "${1#*=}" "${@:2}" ;;
+            -[mngdf]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
             -h | --help)
@@ -61,15 +62,56 @@ parse_options() {
     done
 }
 
-# A Python for questions that need no torch.
-small_python() {
-    command -v python3 || command -v python || printf '%s\n' "$root/.venv/bin/python"
+# A path of the project, short where the user stands in its folder.
+from_here() {
+    if [[ $PWD -ef $root ]]; then
+        printf '%s\n' "$1"
+    else
+        printf '%s\n' "$root/$1"
+    fi
+}
+
+# Sets python, the interpreter that will train, and small_python, one for questions that need no
+# package; they differ before the first set-up.
+find_python() {
+    local status=0
+    python=$("$root/setup.sh" --find) || status=$?
+    case $status in
+        0) small_python=$python ;;
+        1) small_python=$(command -v python3 || command -v python) ;;
+        *) exit "$status" ;;
+    esac
 }
 
 recipes() {
-    (cd "$root" && exec "$(small_python)" -m utils.recipes "$@")
+    (cd "$root" && exec "$small_python" -m utils.recipes "$@")
 }
 
+check_dataset() {
+    local known
+    for known in "${datasets[@]}"; do
+        [[ $dataset != "$known" ]] || return 0
+    done
+    known=$("$small_python" - "$dataset" "${datasets[@]}" <<'END'
+import difflib
+import sys
+
+word, *known = sys.argv[1:]
+print(*difflib.get_close_matches(word.lower(), known) or known, sep=", ")
+END
+    )
+    fail "-d '$dataset': no such data set; choose from $known"
+}
+
+check_engine() {
+    case $engine in
+        dist) ;;
+        horovod) fail '-f horovod: not available yet; use -f dist' ;;
+        *) fail "-f '$engine': no such engine; choose dist or horovod" ;;
+    esac
+}
+
+# How many GPUs the driver shows.
 gpu_count() {
     if command -v nvidia-smi >/dev/null; then
         nvidia-smi --list-gpus 2>/dev/null | grep -c '^GPU' || true
@@ -79,57 +121,62 @@ gpu_count() {
     fi
 }
 
-check_dataset() {
-    local known
-    for known in "${datasets[@]}"; do
-        [[ $dataset == "$known" ]] && return
-    done
-    known=$("$(small_python)" -c 'import difflib, sys
-print(*difflib.get_close_matches(sys.argv[1], sys.argv[2:]) or sys.argv[2:], sep=", ")' \
-        "$dataset" "${datasets[@]}")
-    fail "-d '$dataset': no such data set; choose from $known"
+core_count() {
+    env -u OMP_NUM_THREADS nproc # which would answer with that variable
 }
 
-# Sets workers and gpus, or says what is wrong with them.
-check_workers() {
-    local count id ids=()
-    [[ -z $workers || $workers =~ ^[1-9][0-9]{0,3}$ ]] ||
-        fail "-n '$workers': give a whole number of 1 or more"
-    count=$(gpu_count)
-    if [[ -n $gpus ]]; then
-        [[ $gpus =~ ^[0-9]{1,3}(,[0-9]{1,3})*$ ]] || fail "-g '$gpus': give ids such as 0 or 0,1"
-        IFS=, read -ra ids <<<"$gpus"
-        ((count)) || fail "-g $gpus: this machine has no GPU; leave -g out to train on the CPU"
-        for id in "${ids[@]}"; do
-            ((10#$id < count)) || fail "-g $gpus: no GPU $id here; this machine has 0 to $((count - 1))"
-        done
-        [[ $(printf '%d\n' "${ids[@]/#/10#}" | sort -u | wc -l) == "${#ids[@]}" ]] ||
-            fail "-g $gpus: an id stands there twice; give each once"
-        count=${#ids[@]}
-    elif [[ ${CUDA_VISIBLE_DEVICES+set} && $count -gt 0 ]]; then
-        IFS=, read -ra ids <<<"$CUDA_VISIBLE_DEVICES"
-        count=${#ids[@]}
+# Checks gpus against the machine and sets visible, the number of GPUs to use.
+check_gpus() {
+    local id seen=,
+    visible=$(gpu_count)
+    if [[ -z $gpus ]]; then
+        if [[ ${CUDA_VISIBLE_DEVICES+set} ]]; then
+            id=$(grep -o '[^,]\+' <<<"$CUDA_VISIBLE_DEVICES" | grep -vc '^-' || true)
+            visible=$((id < visible ? id : visible))
+        fi
+        return
     fi
-    workers=${workers:-$((count > 0 ? count : 1))}
-    ((count == 0 || workers <= count)) ||
-        fail "-n $workers: more workers than the $count GPU(s) to use; give -n $count or more ids to -g"
+    [[ $gpus =~ ^(0|[1-9][0-9]{0,3})(,(0|[1-9][0-9]{0,3}))*$ ]] ||
+        fail "-g '$gpus': give ids such as 0 or 0,1"
+    ((visible)) || fail "-g $gpus: this machine has no GPU; leave -g out to train on the CPU"
+    for id in ${gpus//,/ }; do
+        ((id < visible)) ||
+            fail "-g $gpus: no GPU $id here; this machine has $visible, numbered from 0 to $((visible - 1))"
+        [[ $seen != *,$id,* ]] || fail "-g $gpus: $id stands there twice; give each id once"
+        seen+=$id,
+    done
+    visible=$(wc -w <<<"${gpus//,/ }")
 }
 
-# torch.distributed.run rewrites $ in arguments, and a control character in a printed command
-# would not be what it looks like.
+# Checks workers, or sets it to its default.
+check_workers() {
+    local most
+    workers=${workers:-$((visible ? visible : 1))}
+    [[ $workers =~ ^[1-9][0-9]*$ ]] || fail "-n '$workers': give a whole number of 1 or more"
+    if ((visible)); then
+        [[ ${#workers} -lt 5 && $workers -le $visible ]] ||
+            fail "-n $workers: more workers than the $visible GPU(s) to use; give at most -n $visible"
+    else
+        most=$((16 * $(core_count)))
+        [[ ${#workers} -lt 6 && $workers -le $most ]] ||
+            fail "-n $workers: too many for the $((most / 16)) core(s) here; give at most -n $most"
+    fi
+}
+
+# A control character in the printed command would not be what it looks like.
 check_flags() {
     local flag
     for flag in "${flags[@]}"; do
-        [[ $flag != *'$'* ]] || fail "-- '$flag': the launcher of torch rewrites \$; leave it out"
         [[ $flag != *[[:cntrl:]]* ]] || fail "-- ${flag@Q}: holds a control character; leave it out"
     done
 }
 
+# Checks port, or sets it to a free one.
 check_port() {
-    [[ -z $port || $port =~ ^[0-9]{4,5}$ ]] || fail "--port '$port': give a number from 1024 to 65535"
-    ((10#${port:-1024} >= 1024 && 10#${port:-1024} <= 65535)) ||
-        fail "--port $port: give a number from 1024 to 65535"
-    port=$("$(small_python)" - "${port:-0}" <<'END'
+    local wanted=$port
+    [[ -z $port || $port =~ ^[1-9][0-9]{3,4}$ && $port -ge 1024 && $port -le 65535 ]] ||
+        fail "--port '$port': give a number from 1024 to 65535"
+    port=$("$small_python" - "${port:-0}" <<'END'
 import socket
 import sys
 
@@ -141,12 +188,26 @@ with socket.socket() as listener:
         sys.exit(1)
     print(listener.getsockname()[1])
 END
-    ) || fail "--port $port: in use on 127.0.0.1; leave it out for a free one"
+    ) || fail "--port $wanted: in use on 127.0.0.1; leave it out for a free one"
+}
+
+# Sets dropped to what an outer launcher has left in the environment: it would change the meaning
+# of ours.
+find_dropped() {
+    local name
+    for name in $(compgen -e); do
+        case $name in
+            MASTER_ADDR | MASTER_PORT | RANK | WORLD_SIZE | LOCAL_RANK | LOCAL_WORLD_SIZE | NODE_RANK | \
+                GROUP_RANK | GROUP_WORLD_SIZE | ROLE_* | PYTHON_EXEC | PET_* | TORCHELASTIC_*)
+                dropped+=("$name")
+                ;;
+        esac
+    done
 }
 
 # The module that starts the workers: torch.distributed.launch, or run where launch is gone.
 launch_module() {
-    "$1" - <<'END'
+    "$small_python" - <<'END'
 import importlib.util
 from pathlib import Path
 
@@ -156,71 +217,70 @@ print("torch.distributed.run" if gone else "torch.distributed.launch")
 END
 }
 
-# Sets command (an array) and environment (NAME=value words) for an engine.
+# Adds the start of the command, up to the script's own flags, to command and environment.
 dist_command() {
-    local python=$1 module
-    module=$(launch_module "$python")
-    # The launcher announces that it will be replaced one day; nobody who trains can act on that.
-    command=("$python" -W ignore::FutureWarning -m "$module" "--nproc_per_node=$workers"
-        --master_addr=127.0.0.1 "--master_port=$port" "$(from_here cifar.py)")
-    environment+=(GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-lo}")
+    local script
+    script=$(from_here cifar.py)
+    # launch announces that it will be replaced one day; nobody who trains can act on that.
+    # Without a log folder it would make one in /tmp at each start and leave it there.
+    command=("$python" -W ignore::FutureWarning -m "$(launch_module)"
+        "--nproc_per_node=$workers" --master_addr=127.0.0.1 "--master_port=$port"
+        --log-dir=/dev/null "${script//'$'/'$$'}")
+    # launch reads $ in what follows as the start of a name, and $$ as $.
+    arguments=("${arguments[@]//'$'/'$$'}")
+    [[ ! -e /sys/class/net/lo ]] ||
+        environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}")
 }
 
-horovod_command() {
-    fail "-f horovod: not available in this version; use -f dist"
-}
-
-# A path of the project, short where the caller stands in its folder.
-from_here() {
-    if [[ $PWD -ef $root ]]; then
-        printf '%s\n' "$1"
-    else
-        printf '%s\n' "$root/$1"
-    fi
+# Prints words such that a shell reads them as they are.
+print_command() {
+    local word line=''
+    for word in "$@"; do
+        [[ $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]] || printf -v word %q "$word"
+        line+=" $word"
+    done
+    printf '%s\n' "${line# }"
 }
 
 main() {
-    local recipe python cores command=() environment=()
+    local python small_python visible recipe cores
+    local command=() arguments=() shown=() environment=() dropped=()
     parse_options "$@"
     if ((list)); then
+        find_python
         recipes list
         return
     fi
-    [[ -n $model ]] || fail "-m: name a recipe; ./launcher.sh --list shows them"
-    recipe=$(recipes find "$model" 2>&1) || fail "$recipe"
-    mapfile -t recipe_flags <<<"$recipe"
-    model=${recipe_flags[0]}
-    check_dataset
-    [[ $engine == dist || $engine == horovod ]] || fail "-f '$engine': choose dist or horovod"
+    [[ $model ]] || fail '-m: name a recipe; ./launcher.sh --list shows them'
+    check_engine
+    check_gpus
     check_workers
     check_flags
+    find_python
+    check_dataset
+    recipe=$(recipes find "$model") || exit 2
+    mapfile -t arguments <<<"$recipe"
+    model=${arguments[0]}
     check_port
+    ((dry_run)) || python=$("$root/setup.sh" --which)
+    [[ ! $PWD -ef $root ]] || python=${python#"$root/"}
 
-    if ((dry_run)); then
-        # Nothing is set up for a command that is only shown.
-        python=$(command -v python || small_python)
-    else
-        python=$("$root/setup.sh" --which)
-    fi
-    cores=$(nproc)
-    environment=(OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))}")
-    [[ -z $gpus ]] || environment+=(CUDA_VISIBLE_DEVICES="$gpus")
-    "${engine}_command" "$python"
-    command+=("${recipe_flags[@]:1}" --dataset "$dataset" --data "$(from_here data)"
-        --checkpoint "$(from_here "checkpoints/$dataset/$model")" "${flags[@]}")
+    arguments=("${arguments[@]:1}" --dataset "$dataset")
+    [[ $PWD -ef $root ]] || arguments+=(--data "$root/data")
+    arguments+=(--checkpoint "$(from_here "checkpoints/$dataset/$model")" "${flags[@]}")
+    cores=$(core_count)
+    environment=("OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > workers ? cores / workers : 1))}")
+    [[ -z $gpus && -z ${CUDA_VISIBLE_DEVICES+set} ]] ||
+        environment+=("CUDA_VISIBLE_DEVICES=${gpus:-$CUDA_VISIBLE_DEVICES}")
+    find_dropped
+    "${engine}_command"
+    command+=("${arguments[@]}")
 
-    printf '+'
-    printf ' %q' "${environment[@]}" "${command[@]}"
-    printf '\n'
+    shown=("${environment[@]}" "${command[@]}")
+    ((${#dropped[@]} == 0)) || shown=(env "${dropped[@]/#/--unset=}" "${shown[@]}")
+    print_command "${shown[@]}"
     ((dry_run)) && return
-    # What an outer launcher has left in the environment would change the meaning of ours.
-    local name
-    for name in $(compgen -e); do
-        case $name in
-            MASTER_ADDR | MASTER_PORT | RANK | WORLD_SIZE | LOCAL_RANK | LOCAL_WORLD_SIZE | \
-                GROUP_RANK | PYTHON_EXEC | PET_* | TORCHELASTIC_*) unset "$name" ;;
-        esac
-    done
+    ((${#dropped[@]} == 0)) || unset "${dropped[@]}"
     export "${environment[@]}"
     exec "$python" "$root/utils/supervise.py" -- "${command[@]}"
 }

@@ -18,8 +18,9 @@ for argument in "$@"; do
 done
 
 python=$(./setup.sh --dev --which)
-bin=$(dirname "$python")
-scripts=(launcher.sh setup.sh run_tests.sh .ci/run)
+programs=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
+shopt -s nullglob
+scripts=(*.sh tools/*.sh .ci/run)
 
 run() {
     printf '+ %s\n' "$*"
@@ -29,5 +30,5 @@ run() {
 run "$python" -m ruff check .
 run "$python" -m ruff format --check .
 run "$python" -m mypy
-run "$bin/shellcheck" "${scripts[@]}"
+run "$programs/shellcheck" "${scripts[@]}"
 run "$python" -m pytest -m "$marks" "${arguments[@]}"

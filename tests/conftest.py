@@ -1,12 +1,15 @@
 """Fixtures that start the real scripts, as users do, on every engine."""
 
+import contextlib
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,7 +17,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"serial": "cifar.py", "dist": "cifar.py", "horovod": "cifar_horovod.py"}
 # What an outer launcher may have left; the tests' own launchers set it anew.
-INHERITED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+INHERITED = re.compile("(LOCAL_)?(RANK|WORLD_SIZE)|(MASTER|PET|TORCHELASTIC|HOROVOD)_.*")
+# In the environment of every process that the tests start, however deep.
+MARK = {"CIFAR_TESTS": str(os.getpid())}
 
 
 def free_port() -> int:
@@ -25,12 +30,13 @@ def free_port() -> int:
 
 def environment(**changes) -> dict[str, str]:
     """The environment of the tests' processes: one thread, no GPU, nothing inherited."""
-    clean = {name: value for name, value in os.environ.items() if name not in INHERITED}
-    return {**clean, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+    clean = {name: value for name, value in os.environ.items() if not INHERITED.fullmatch(name)}
+    return {**clean, **MARK, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
 
 
 def run(command, *, env=None, cwd=ROOT, timeout=100) -> subprocess.CompletedProcess:
     """Run a command in a session of its own; at the time limit all of it is killed."""
+    before = marked_processes()
     process = subprocess.Popen(
         [str(word) for word in command],
         env=env or environment(),
@@ -44,29 +50,29 @@ def run(command, *, env=None, cwd=ROOT, timeout=100) -> subprocess.CompletedProc
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
-        kill_session(process.pid)
+        kill(marked_processes() - before)
         out, err = process.communicate()
         pytest.fail(f"hangs for {timeout} s: {command}\n{out[-2000:]}\n{err[-2000:]}")
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def kill_session(leader: int) -> None:
-    """Kill a process group and the workers that launchers put into sessions of their own."""
-    for pid in [leader, *descendants(leader)]:
+def marked_processes() -> set[int]:
+    """Living processes that the tests have started, orphans included."""
+    mark = "=".join(*MARK.items()).encode()
+    found = set()
+    for environ in Path("/proc").glob("[0-9]*/environ"):
         try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            continue
-
-
-def descendants(leader: int) -> list[int]:
-    listing = subprocess.run(["ps", "-eo", "pid,ppid"], capture_output=True, text=True, check=True)
-    pairs = [tuple(map(int, line.split())) for line in listing.stdout.splitlines()[1:]]
-    found, new = [], [leader]
-    while new:
-        new = [pid for pid, parent in pairs if parent in new]
-        found += new
+            if mark in environ.read_bytes().split(b"\0"):
+                found.add(int(environ.parent.name))
+        except OSError:
+            continue  # it has ended, or is somebody else's
     return found
+
+
+def kill(processes) -> None:
+    for process in processes:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
 
 
 def engine_command(engine: str, workers: int, script: Path) -> list[str]:
@@ -77,7 +83,7 @@ def engine_command(engine: str, workers: int, script: Path) -> list[str]:
         return [
             sys.executable, "-W", "ignore::FutureWarning", "-m", "torch.distributed.launch",
             f"--nproc_per_node={workers}", "--master_addr=127.0.0.1",
-            f"--master_port={free_port()}", str(script),
+            f"--master_port={free_port()}", "--log-dir=/dev/null", str(script),
         ]  # fmt: skip
     horovodrun = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
     if importlib.util.find_spec("horovod") is None or horovodrun is None:
@@ -92,12 +98,12 @@ def engine_command(engine: str, workers: int, script: Path) -> list[str]:
 def no_process_is_left():
     """At the end nothing that a test started is alive."""
     yield
-    left = descendants(os.getpid())
-    commands = subprocess.run(
-        ["ps", "-o", "pid=,args=", "-p", ",".join(map(str, left)) or "0"],
-        capture_output=True, text=True, check=False,
-    ).stdout  # fmt: skip
-    assert "cifar" not in commands, commands
+    deadline = time.monotonic() + 5
+    while (left := marked_processes()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    commands = [Path(f"/proc/{process}/cmdline").read_bytes() for process in left]
+    kill(left)
+    assert commands == []
 
 
 @pytest.fixture(name="run")

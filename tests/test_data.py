@@ -515,7 +515,7 @@ def test_synthetic10_needs_more_than_a_linear_classifier_and_a_small_network_is_
     small = nn.Sequential(
         stage(3, 16), stage(16, 32), stage(32, 64), nn.Flatten(), nn.Linear(1024, 10)
     )
-    assert accuracy(small, rate=0.02, epochs=3, count=6000) > 90
+    assert accuracy(small, rate=0.02, epochs=3, count=3000) > 90
 
 
 def test_the_cache_says_what_it_was_made_from(cifar10, tmp_path):

@@ -103,7 +103,8 @@ FLAGS = {
     "--batch-per-worker", "--test-batch", "--lr", "--learning-rate", "--lr-scaling", "--schedule",
     "--gamma", "--warmup-steps", "--warmup", "--momentum", "--nesterov", "--wd", "--weight-decay",
     "--sync-bn", "--manualSeed", "--seed", "--compression", "--backward-passes-per-step",
-    "--adasum", "-c", "--checkpoint", "--resume", "--overwrite", "-e", "--evaluate",
+    "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
+    "--overwrite", "-e", "--evaluate",
     "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip

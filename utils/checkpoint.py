@@ -14,12 +14,59 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models import identify
+from utils.comm import Comm
 from utils.errors import UserError
 from utils.files import write_atomically
+from utils.position import Position
+from utils.provenance import versions
 
 FORMAT = 1
 LATEST = "checkpoint.pth.tar"
 BEST = "model_best.pth.tar"
+
+
+class Saver:
+    """Saves the state of a run.
+
+    Args:
+        folder: the run folder.
+        comm: the engine.
+        model: the raw model.
+        optimizer: as ``comm.wrap`` returned it.
+        about: what does not change during a run: architecture, data set, options.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        comm: Comm,
+        model: nn.Module,
+        optimizer: Optimizer,
+        about: dict[str, Any],
+    ) -> None:
+        self.folder = folder
+        self.comm = comm
+        self.model = model
+        self.optimizer = optimizer
+        self.about = {"format": FORMAT, **about, "workers": comm.size, "versions": versions()}
+
+    def save(self, position: Position, is_best: bool) -> None:
+        """Save at a position; every rank must call it, rank 0 writes."""
+        self.comm.average_buffers(self.model)  # one sum over the workers
+        if not self.comm.is_main:
+            return
+        state = {
+            **self.about,
+            "epoch": position.epoch,
+            "step": position.step,
+            "step_sums": position.sums,
+            "acc": position.acc,
+            "best_acc": position.best_acc,
+            "best_epoch": position.best_epoch,
+            "state_dict": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        save(self.folder, state, is_best)
 
 
 def save(folder: Path, state: dict[str, Any], is_best: bool) -> None:

@@ -40,6 +40,19 @@ class Meter:
         count = torch.full((), len(labels), dtype=torch.float64, device=output.device)
         self.sums += torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), count])
 
+    def start_from(self, sums: list[float]) -> None:
+        """Go on from sums that ``collapse`` has returned; on one worker only."""
+        self.sums = torch.tensor(sums, dtype=torch.float64, device=self.sums.device)
+
+    def collapse(self, comm: Comm) -> list[float]:
+        """Move all workers' sums to rank 0 and return them: one sum over the workers.
+
+        A run that goes on from these numbers then adds in the same order as this one.
+        """
+        total = comm.sum_(self.sums.clone())
+        self.sums = total if comm.is_main else torch.zeros_like(total)
+        return total.tolist()
+
     def local(self) -> Metrics:
         """What this worker has seen so far; makes the host wait for the device."""
         return _means(self.sums)

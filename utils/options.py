@@ -272,6 +272,10 @@ def _add_exchange_flags(group: argparse._ArgumentGroup) -> None:
         "--adasum", action="store_true",
         help="Horovod with MPI only: combine gradients by Adasum instead of the average",
     )  # fmt: skip
+    group.add_argument(
+        "--check-replicas", type=_whole_number(1), metavar="STEPS",
+        help="compare all workers' parameters every so many steps (default: once an epoch)",
+    )  # fmt: skip
     # For measurements: the same work without communication.
     group.add_argument("--no-exchange", action="store_true", help=argparse.SUPPRESS)
 
@@ -284,6 +288,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--resume", metavar="FILE|auto",
         help="continue from a checkpoint; auto: from the newest in the run folder, if any",
+    )  # fmt: skip
+    group.add_argument(
+        "--save-every", type=_whole_number(1), metavar="STEPS",
+        help="save inside an epoch too, every so many steps (default: after each epoch only)",
     )  # fmt: skip
     group.add_argument(
         "--overwrite", action="store_true", help="replace the run that the folder holds"

@@ -7,6 +7,7 @@ For launcher.sh:  python -m utils.recipes find NAME   prints the recipe's name, 
 import difflib
 import re
 import shlex
+import signal
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ from utils.errors import BAD_INPUT, UserError
 
 FILE = Path(__file__).resolve().parent.parent / "recipes.tsv"
 COLUMNS = ("recipe", "flags", "parameters", "authors", "bearpaw")
+
+# Test error in per cent on CIFAR-10 / CIFAR-100, "-" where nothing is published.
+_ERRORS = re.compile(r"-|\d+\.\d+ / (-|\d+\.\d+)")
 
 
 @dataclass(frozen=True)
@@ -40,27 +44,51 @@ def load_recipes(path: Path = FILE) -> dict[str, Recipe]:
     """All recipes by name, in the file's order.
 
     Raises:
-        ValueError: names the line that is wrong.
+        ValueError: names the line and the column that are wrong.
     """
     recipes: dict[str, Recipe] = {}
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
         if not line.strip() or line.startswith("#"):
             continue
-        fields = line.split("\t")
-        if len(fields) != len(COLUMNS):
-            raise ValueError(f"{path}, line {number}: {len(fields)} columns, not {len(COLUMNS)}")
-        name, flags, parameters, authors, bearpaw = fields
-        if not parameters.isdecimal():
-            raise ValueError(f"{path}, line {number}: parameters {parameters!r} is no number")
-        if name in recipes:
-            raise ValueError(f"{path}, line {number}: {name} stands there twice")
-        recipes[name] = Recipe(name, tuple(shlex.split(flags)), int(parameters), authors, bearpaw)
+        where = f"{path}, line {number}"
+        recipe = _read_line(line, where)
+        if recipe.name in recipes:
+            raise ValueError(f"{where}: {recipe.name} stands there twice")
+        recipes[recipe.name] = recipe
     return recipes
+
+
+def _read_line(line: str, where: str) -> Recipe:
+    fields = line.split("\t")
+    if len(fields) != len(COLUMNS):
+        wanted = ", ".join(COLUMNS)
+        raise ValueError(f"{where}: {len(fields)} columns; give {wanted}, one tab between two")
+    name, flags, parameters, authors, bearpaw = fields
+    try:
+        words = tuple(shlex.split(flags))
+    except ValueError:
+        words = ()
+    fits = {
+        "recipe": (name, re.fullmatch(r"[a-z][a-z0-9_]*", name), "give a-z, 0-9 and _"),
+        "flags": (flags, words[:1] == ("-a",), "give the flags for cifar.py, -a MODEL first"),
+        "parameters": (parameters, parameters.isdecimal(), "give a whole number"),
+        "authors": (authors, _ERRORS.fullmatch(authors), "give '-' or such as '8.75 / -'"),
+        "bearpaw": (bearpaw, _ERRORS.fullmatch(bearpaw), "give '-' or such as '8.75 / -'"),
+    }
+    for column, (value, good, fix) in fits.items():
+        if not good:
+            raise ValueError(f"{where}: {column} {value!r}; {fix}")
+    return Recipe(name, words, int(parameters), authors, bearpaw)
 
 
 def _plain(name: str) -> str:
     """A name without what people write differently: resnet-110, ResNet_110, resnet110."""
     return re.sub(r"[-_ ]", "", name.lower())
+
+
+def _parts(name: str) -> list[str]:
+    """A name's words and numbers: wrn28_10_drop is wrn, 28, 10, drop."""
+    return re.findall(r"[a-z]+|\d+", name.lower())
 
 
 def find_recipe(name: str) -> Recipe:
@@ -73,10 +101,10 @@ def find_recipe(name: str) -> Recipe:
     spellings = {_plain(known): recipe for known, recipe in recipes.items()}
     if _plain(name) in spellings:
         return spellings[_plain(name)]
-    member = re.compile(re.escape(_plain(name)) + r"(bc)?\d.*")
-    family = [recipe.name for plain, recipe in spellings.items() if member.fullmatch(plain)]
+    parts = _parts(name)
+    family = [known for known in recipes if parts and _parts(known)[: len(parts)] == parts]
     if family:
-        raise UserError(f"-m {name!r}: a family; its recipes are {', '.join(family)}")
+        raise UserError(f"-m {name}: {name} has the recipes {', '.join(family)}; name one of them")
     near = difflib.get_close_matches(_plain(name), spellings, n=3, cutoff=0.5)
     close = ", ".join(spellings[plain].name for plain in near)
     fix = f"did you mean {close}?" if near else "./launcher.sh --list shows them all"
@@ -108,7 +136,7 @@ def run_name(arch: str, arguments: Mapping[str, object]) -> str:
 
 def table() -> str:
     """The recipes as aligned text."""
-    rows = [("recipe", "parameters", "authors %", "bearpaw %", "flags")]
+    rows = [("recipe", "parameters", "authors", "bearpaw", "flags")]
     for recipe in load_recipes().values():
         count = f"{recipe.parameters / 1e6:.2f} M"
         rows.append((recipe.name, count, recipe.authors, recipe.bearpaw, shlex.join(recipe.flags)))
@@ -120,19 +148,22 @@ def table() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The command line that launcher.sh uses."""
-    if argv == ["list"]:
-        print(table())
-        print("published test error on CIFAR-10 / CIFAR-100; see README.md")
-        return 0
+    """The command line; see the module's docstring."""
     try:
-        recipe = find_recipe(argv[1])
-    except UserError as error:
-        print(error, file=sys.stderr)
+        if argv == ["list"]:
+            print(table())
+            print("authors, bearpaw: published test error in % on CIFAR-10 / CIFAR-100")
+        elif len(argv) == 2 and argv[0] == "find":
+            recipe = find_recipe(argv[1])
+            print(recipe.name, *recipe.flags, sep="\n")
+        else:
+            raise UserError("usage: python -m utils.recipes find NAME | list")
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
         return BAD_INPUT
-    print(recipe.name, *recipe.flags, sep="\n")
     return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --list | head
     raise SystemExit(main(sys.argv[1:]))

@@ -13,6 +13,7 @@ import contextlib
 import ctypes
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -20,82 +21,160 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import NamedTuple
 
-PASSED_ON = (0, 2, 75)
-FAILED = 3
-# Seconds that workers get to end after SIGTERM before they are killed.
-GRACE = 10.0
+BAD_INPUT, FAILED, RUN_AGAIN = 2, 3, 75
+STDERR = 2
+
+# Seconds after which silence means that what has come of a line or a traceback is all of it.
+IDLE = 0.2
+# Seconds between two signals that make the second one a repetition and not an echo of the first.
+ECHO = 0.5
+# Seconds that a launcher gets to end after a signal; torch's gives its workers 30 of them.
+PATIENCE = 40
+# Seconds that workers whose launcher is gone get to end after SIGTERM.
+GRACE = 2.0
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
-# The launcher's log lines begin with level, date and time, then the place in its source.
-_LAUNCHER_LOG = re.compile(rb"[IWEF]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
-_REPORTS = (
-    b"torch.distributed.elastic.multiprocessing.errors.ChildFailedError",
+_REPORT = b"torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+_ENDED_BY_SIGNAL = (
     b"torch.distributed.elastic.multiprocessing.api.SignalException",
+    b"KeyboardInterrupt",
 )
 
 
-def end_with_parent() -> None:
-    """Let the kernel kill this process when its parent ends (Linux); call it in the child.
+def end_with_parent(number: int = signal.SIGKILL) -> None:
+    """Let the kernel signal this process when its parent ends (Linux); call it in the child.
 
     The parent's thread that started this process must be its main thread.
     """
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+
+def _begin_launcher() -> None:
+    # SIGTERM lets the launcher end its workers when this process is killed.
+    end_with_parent(signal.SIGTERM)
+
+
+class Failure(NamedTuple):
+    """A worker in the launcher's report; a negative code is the signal that ended it."""
+
+    when: str
+    rank: int
+    code: int
 
 
 class Screen:
-    """Passes standard error on, except what the launcher says about a failure.
+    """Passes standard error on, except what the launcher says about the end of its workers.
 
-    A traceback is held back until its last line tells whose it is.
+    Workers and launcher write to one pipe. The launcher's log lines carry its process id; a
+    traceback is held back until its last line tells whose it is; the report comes last.
 
     Attributes:
-        exit_code, rank: of the worker that failed first, once the report has come.
+        failures: what the report lists; the root cause, as the launcher sees it, is the last.
+        interrupted: set it after a signal; tracebacks that only say so are then left out.
     """
 
-    def __init__(self, out: IO[bytes]) -> None:
+    def __init__(self, out: int, launcher: int) -> None:
         self.out = out
-        self.held: list[bytes] = []
-        self.reporting = False
-        self.rank: int | None = None
-        self.exit_code: int | None = None
+        self.failures: list[Failure] = []
+        self.interrupted = False
+        self._log_line = re.compile(rb"[IWEF]\d{4} [\d:.]+ %d .*torch/distributed/" % launcher)
+        self._log: list[bytes] = []
+        self._traceback: list[bytes] = []
+        self._reporting = False
+        self._when, self._rank = "", -1
+
+    def copy(self, pipe: int) -> None:
+        """Pass on what comes through a pipe until its end."""
+        rest = b""
+        while True:
+            if not select.select([pipe], [], [], IDLE)[0]:
+                if rest or self._traceback:
+                    self.flush()
+                    self.write(rest)
+                    rest = b""
+                continue
+            chunk = os.read(pipe, 65536)
+            if not chunk:
+                break
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                self.line(line + b"\n")
+            if rest.endswith(b"\r"):  # a line that is drawn again and again
+                self.write(rest)
+                rest = b""
+        self.flush()
+        self.write(rest)
 
     def line(self, line: bytes) -> None:
         """Take one line, with its end."""
-        if self.reporting:
+        if self._reporting:
             self._read_report(line)
-        elif _LAUNCHER_LOG.match(line):
-            return
+        elif self._log_line.match(line):
+            self._log.append(line)
         elif line.startswith(b"Traceback (most recent call last)"):
             self.flush()
-            self.held = [line]
-        elif self.held and line.startswith((b" ", b"\t")):
-            self.held.append(line)
-        elif self.held and line.startswith(_REPORTS):
-            self.held = []
-            self.reporting = line.startswith(_REPORTS[0])
+            self._traceback = [line]
+        elif self._traceback and line.startswith((b" ", b"\t")):
+            self._traceback.append(line)
+        elif self._traceback and line.startswith(_REPORT):
+            self._traceback = []
+            self._reporting = True
+        elif self._traceback and self.interrupted and line.startswith(_ENDED_BY_SIGNAL):
+            self._traceback = []
         else:
             self.flush()
-            self._write(line)
+            self.write(line)
 
     def flush(self) -> None:
-        """Show what has been held back."""
-        for line in self.held:
-            self._write(line)
-        self.held = []
+        """Show the traceback that has been held back."""
+        self.write(b"".join(self._traceback))
+        self._traceback = []
 
-    def _write(self, line: bytes) -> None:
-        self.out.write(line)
-        self.out.flush()
+    def show_log(self) -> None:
+        """Show the launcher's log: it has failed by itself and that may say why."""
+        self.write(b"".join(self._log))
+
+    def write(self, text: bytes) -> None:
+        """Write to the screen; a reader who has gone away does not end the training."""
+        with contextlib.suppress(OSError):
+            while text:
+                text = text[os.write(self.out, text) :]
 
     def _read_report(self, line: bytes) -> None:
-        """Lines of the table such as ``rank : 1 (local_rank: 1)``; the root cause comes last."""
-        if found := re.match(rb"\s+rank\s*: (\d+)", line):
-            self.rank = int(found[1])
-        elif found := re.match(rb"\s+exitcode\s*: (-?\d+)", line):
-            self.exit_code = int(found[1])
+        """Take a line of the table, such as ``  rank      : 1 (local_rank: 1)``."""
+        found = re.match(rb"\s+(time|rank|exitcode)\s*: (\S+)", line)
+        if found is None:
+            return
+        key, value = found[1].decode(), found[2].decode()
+        if key == "time":
+            self._when = value
+        elif key == "rank":
+            self._rank = int(value)
+        else:
+            self.failures.append(Failure(self._when, self._rank, int(value)))
+
+
+def root_cause(failures: Sequence[Failure]) -> Failure:
+    """The worker that failed first, given the launcher's report.
+
+    The launcher looks at its workers a few times a second, so the worker whose connection broke
+    may pass for the first when another one was killed. Among those of the same second a signal
+    counts first (but for SIGTERM, which the launcher itself sends), then the codes that mean more
+    than "failed".
+    """
+    first = failures[-1]
+
+    def rank_of_causes(failure: Failure) -> int:
+        if failure.code < 0:
+            return 0 if failure.code != -signal.SIGTERM else 3
+        return 1 if failure.code in (BAD_INPUT, RUN_AGAIN) else 2
+
+    same_second = [failure for failure in reversed(failures) if failure.when == first.when]
+    return min(same_second, key=rank_of_causes)
 
 
 def supervise(command: Sequence[str]) -> int:
@@ -103,34 +182,51 @@ def supervise(command: Sequence[str]) -> int:
     if sys.platform == "linux":
         # Workers whose launcher is gone become children of this process and can be ended.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    received: list[int] = []
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, preexec_fn=end_with_parent)
-
-    def forward(number: int, _: object) -> None:
-        received.append(number)
-        # Ctrl-C reaches the launcher from the terminal too; a second one ends all at once.
-        if number != signal.SIGINT:
-            launcher.send_signal(number)
-        elif received.count(signal.SIGINT) > 1:
-            _signal_descendants(signal.SIGKILL)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, forward)
-
-    screen = Screen(sys.stderr.buffer)
-    assert launcher.stderr is not None
-    reader = threading.Thread(target=_pass_on, args=(launcher.stderr, screen), daemon=True)
+    reading, writing = os.pipe()
+    try:
+        # In a session of its own: what the terminal sends comes here once and is passed on once.
+        launcher = subprocess.Popen(
+            command, stderr=writing, start_new_session=True, preexec_fn=_begin_launcher
+        )
+    except OSError as error:
+        print(f"error: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+        return BAD_INPUT
+    os.close(writing)
+    screen = Screen(STDERR, launcher.pid)
+    received = _forward_signals(launcher, screen)
+    reader = threading.Thread(target=screen.copy, args=(reading,), daemon=True)
     reader.start()
     code = launcher.wait()
     _end_descendants()
     reader.join(timeout=5)
-    screen.flush()
     return _exit_code(code, screen, received)
 
 
-def _pass_on(pipe: IO[bytes], screen: Screen) -> None:
-    for line in pipe:
-        screen.line(line)
+def _forward_signals(launcher: subprocess.Popen[bytes], screen: Screen) -> list[int]:
+    """Pass signals on to the launcher; a second one, or no end after the first, kills all.
+
+    Returns:
+        The signals that come, in order.
+    """
+    received: list[int] = []
+    first = 0.0
+
+    def forward(number: int, _: object) -> None:
+        nonlocal first
+        received.append(number)
+        if len(received) == 1:
+            first = time.monotonic()
+            screen.interrupted = True
+            launcher.send_signal(number)
+            signal.alarm(PATIENCE)
+        elif time.monotonic() - first > ECHO:
+            _signal_descendants(signal.SIGKILL)
+
+    signal.signal(signal.SIGALRM, lambda *_: _signal_descendants(signal.SIGKILL) and None)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup, for one
+            signal.signal(number, forward)
+    return received
 
 
 def _exit_code(code: int, screen: Screen, received: list[int]) -> int:
@@ -138,16 +234,24 @@ def _exit_code(code: int, screen: Screen, received: list[int]) -> int:
         return 0
     if received:
         return 128 + received[0]
-    cause = code if screen.exit_code is None else screen.exit_code
-    if cause in PASSED_ON:
-        return cause
-    who = "the launcher" if screen.rank is None else f"rank {screen.rank}"
-    if cause < 0:
-        how = f"was ended by signal {-cause} ({signal.Signals(-cause).name})"
+    if screen.failures:
+        _, rank, code = root_cause(screen.failures)
+        who = f"rank {rank}"
     else:
-        how = f"failed with exit code {cause}"
-    print(f"error: {who} {how}; training has stopped", file=sys.stderr, flush=True)
+        screen.show_log()
+        who = "the launcher"
+    if code in (BAD_INPUT, RUN_AGAIN):
+        return code
+    how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
+    screen.write(f"error: {who} {how}; training has stopped\n".encode())
     return FAILED
+
+
+def _name(number: int) -> str:
+    try:
+        return f"signal {number} ({signal.Signals(number).name})"
+    except ValueError:
+        return f"signal {number}"
 
 
 def _end_descendants() -> None:
@@ -155,7 +259,7 @@ def _end_descendants() -> None:
     deadline = time.monotonic() + GRACE
     number = signal.SIGTERM
     while _signal_descendants(number):
-        time.sleep(0.1)
+        time.sleep(0.05)
         _reap()
         if time.monotonic() > deadline:
             number = signal.SIGKILL
@@ -176,7 +280,7 @@ def _descendants() -> list[int]:
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             # pid (name) state parent ...; the name may hold anything, even parentheses
-            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
         except OSError:
             continue
         if state != "Z":

@@ -1,0 +1,272 @@
+"""launcher.sh: what it refuses, what it prints, and what it starts."""
+
+import json
+import os
+import shlex
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import environment, run
+
+from utils.data import DATASETS
+from utils.options import parse_args
+from utils.recipes import load_recipes
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHER = ROOT / "launcher.sh"
+OURS = "setup.sh", "launcher.sh", "recipes.tsv", "requirements.txt", "requirements-dev.txt", "utils"
+
+# Stands in for cifar.py: every worker writes down what has reached it.
+REPORTER = """
+import json, os, sys
+names = "OMP_NUM_THREADS CUDA_VISIBLE_DEVICES GLOO_SOCKET_IFNAME WORLD_SIZE MASTER_ADDR".split()
+seen = {"argv": sys.argv, "cwd": os.getcwd(), **{name: os.environ.get(name) for name in names}}
+with open(os.environ["REPORT"] + os.environ["RANK"], "w") as file:
+    json.dump(seen, file)
+"""
+
+HOSTILE = [
+    "a b", "c$(touch marker)", "`touch marker`", '"', "'", "*", "\\", "", "-x", "--", "&", "| cat",
+    "$", "$$", "${local_rank}", "$local_rank", "$HOME", "--lr=0.1", "é", ";touch marker", "#", "~",
+]  # fmt: skip
+
+
+def write_program(path, text):
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def launch(tmp_path):
+    """Call launcher.sh on a machine that shows a number of GPUs, from an empty folder."""
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    folder = tmp_path / "here"
+    folder.mkdir()
+
+    def call(*arguments, gpus=0, launcher=LAUNCHER, cwd=folder, unset=(), **changes):
+        lines = "".join(f"echo 'GPU {i}: H100 (UUID: GPU-{i})'\n" for i in range(gpus))
+        write_program(programs / "nvidia-smi", f"#!/bin/sh\n{lines or 'exit 9'}\n")
+        path = f"{programs}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = environment(**{"PATH": path, **changes})
+        for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME"):
+            if name not in changes:
+                env.pop(name, None)
+        return run([launcher, *arguments], env=env, cwd=cwd)
+
+    call.programs = programs
+    call.folder = folder
+    return call
+
+
+def dry_run(launch, *arguments, **options):
+    """The environment, the launcher's options and the script's arguments of the printed command."""
+    result = launch("--dry-run", *arguments, **options)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    (line,) = result.stdout.splitlines()
+    words = shlex.split(line)
+    script = next(i for i, word in enumerate(words) if word.endswith("cifar.py"))
+    python = next(i for i, word in enumerate(words) if "python" in word)
+    env = dict(word.split("=", 1) for word in words[:python] if word != "env")
+    return env, words[python:script], words[script:]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "gpus", "words"),
+    [
+        ("-n 2", 0, ["-m", "--list"]),
+        ("-m", 0, ["-m", "needs a value"]),
+        ("-m -n 2", 0, ["-m '-n'", "needs a value"]),
+        ("-m alexnt", 0, ["-m 'alexnt'", "did you mean alexnet"]),
+        ("-m resnet", 0, ["-m resnet", "resnet20, resnet110, resnet164, resnet1202"]),
+        ("-m alexnet -d cifr10", 0, ["-d 'cifr10'", "cifar10, cifar100"]),
+        ("-m alexnet -d imagenet", 0, ["-d 'imagenet'", "synthetic10, synthetic100"]),
+        ("-m alexnet -f mpi", 0, ["-f 'mpi'", "dist or horovod"]),
+        ("-m alexnet -n 0", 0, ["-n '0'", "1 or more"]),
+        ("-m alexnet -n -1", 0, ["-n '-1'", "1 or more"]),
+        ("-m alexnet -n abc", 0, ["-n 'abc'", "1 or more"]),
+        ("-m alexnet -n 1.5", 0, ["-n '1.5'", "1 or more"]),
+        ("-m alexnet -n ''", 0, ["-n ''", "needs a value"]),
+        ("-m alexnet -n 99999999999999999999", 0, ["-n 99999999999999999999", "core(s)"]),
+        ("-m alexnet -n 99999999999999999999", 2, ["-n 99999999999999999999", "2 GPU(s)"]),
+        ("-m alexnet -n 3", 2, ["-n 3", "2 GPU(s)", "-n 2"]),
+        ("-m alexnet -n 3 -g 0,1", 4, ["-n 3", "2 GPU(s)", "-n 2"]),
+        ("-m alexnet -g 0", 0, ["-g 0", "no GPU", "leave -g out", "CPU"]),
+        ("-m alexnet -g 1,2", 2, ["-g 1,2", "no GPU 2", "from 0 to 1"]),
+        ("-m alexnet -g 0,1,0", 2, ["-g 0,1,0", "0 stands there twice"]),
+        ("-m alexnet -g 0,,1", 2, ["-g '0,,1'", "0,1"]),
+        ("-m alexnet -g '0, 1'", 2, ["-g '0, 1'", "0,1"]),
+        ("-m alexnet -g 00", 2, ["-g '00'", "0,1"]),
+        ("-m alexnet -g all", 2, ["-g 'all'", "0,1"]),
+        ("-m alexnet --port 80", 0, ["--port '80'", "1024 to 65535"]),
+        ("-m alexnet --port 65536", 0, ["--port '65536'", "1024 to 65535"]),
+        ("-m alexnet --port x", 0, ["--port 'x'", "1024 to 65535"]),
+        ("-m alexnet --epochs 2", 0, ["'--epochs'", "after --"]),
+        ("-m alexnet cifar10", 0, ["'cifar10'", "after --"]),
+        ("-m alexnet -- $'a\\nb'", 0, [r"-- $'a\nb'", "control character"]),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(launch, arguments, gpus, words):
+    arguments = [word.replace("$a\\nb", "a\nb") for word in shlex.split(arguments)]
+    result = launch(*arguments, gpus=gpus)
+    assert result.returncode == 2
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    for word in words:
+        assert word in line
+    assert list(launch.folder.iterdir()) == []
+
+
+def test_a_port_in_use_is_bad_input(launch):
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        result = launch("-m", "alexnet", "--port", port, "--dry-run")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"error: --port {port}: in use on 127.0.0.1; leave it out for a free one\n"
+    )
+
+
+def test_the_list_and_the_help_name_everything(launch):
+    shown = launch("--list").stdout
+    for name, recipe in load_recipes().items():
+        (row,) = [line for line in shown.splitlines() if line.startswith(f"{name} ")]
+        for cell in (f"{recipe.parameters / 1e6:.2f} M", recipe.authors, recipe.bearpaw):
+            assert cell in row
+        assert row.endswith(shlex.join(recipe.flags))
+    shown = launch("-h")
+    assert shown.returncode == 0
+    for name in DATASETS:
+        assert name in shown.stdout
+        assert parse_args(dry_run(launch, "-m", "vgg11", "-d", name)[2][1:]).dataset == name
+
+
+class TestPrintedCommand:
+    def test_in_the_folder_of_the_project_paths_are_short(self, launch):
+        env, start, arguments = dry_run(
+            launch, "-m", "alexnet", "-n", "2", "--port=41234", cwd=ROOT, OMP_NUM_THREADS="3"
+        )
+        assert env == {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "lo"}
+        assert start[1:] == shlex.split(
+            "-W ignore::FutureWarning -m torch.distributed.launch --nproc_per_node=2 "
+            "--master_addr=127.0.0.1 --master_port=41234 --log-dir=/dev/null"
+        )
+        assert arguments == shlex.split(
+            "cifar.py -a alexnet --epochs 164 --schedule 81 122 --gamma 0.1 --dataset cifar10 "
+            "--checkpoint checkpoints/cifar10/alexnet"
+        )
+
+    def test_elsewhere_they_lead_to_the_project(self, launch):
+        arguments = dry_run(launch, "-m", "ResNet-110", "-d", "cifar100")[2]
+        assert arguments[0] == str(ROOT / "cifar.py")
+        options = parse_args(arguments[1:])
+        assert options.data == str(ROOT / "data")
+        assert options.checkpoint == str(ROOT / "checkpoints" / "cifar100" / "resnet110")
+
+    def test_what_follows_the_dashes_wins_over_the_recipe(self, launch):
+        flags = "--lr 0.5 --epochs 2 -c x".split()
+        options = parse_args(dry_run(launch, "-m", "alexnet", "--", *flags)[2][1:])
+        assert (options.lr, options.epochs, options.checkpoint) == (0.5, 2, "x")
+
+    @pytest.mark.parametrize(
+        ("arguments", "gpus", "changes", "workers", "visible"),
+        [
+            ("", 0, {}, 1, None),
+            ("-n3", 0, {}, 3, None),
+            ("", 4, {}, 4, None),
+            ("-n 2", 4, {}, 2, None),
+            ("-g 3,1", 4, {}, 2, "3,1"),
+            ("-g 3,1 -n 1", 4, {}, 1, "3,1"),
+            ("-g 3,1", 4, {"CUDA_VISIBLE_DEVICES": "0"}, 2, "3,1"),
+            ("", 4, {"CUDA_VISIBLE_DEVICES": "2,3"}, 2, "2,3"),
+            ("-n 8", 4, {"CUDA_VISIBLE_DEVICES": ""}, 8, ""),
+            ("-n 8", 4, {"CUDA_VISIBLE_DEVICES": "-1"}, 8, "-1"),
+        ],
+    )
+    def test_workers_and_gpus(self, launch, arguments, gpus, changes, workers, visible):
+        env, start, _ = dry_run(
+            launch, "-m", "alexnet", *arguments.split(), "--port=41234", gpus=gpus, **changes
+        )
+        assert f"--nproc_per_node={workers}" in start
+        assert env.get("CUDA_VISIBLE_DEVICES") == visible
+        cores = len(os.sched_getaffinity(0))
+        assert env["OMP_NUM_THREADS"] == str(max(1, cores // workers))
+
+    def test_two_starts_get_two_ports(self, launch):
+        one, other = (dry_run(launch, "-m", "alexnet")[1] for _ in range(2))
+        assert one != other
+
+    def test_run_takes_over_where_launch_is_gone(self, launch, tmp_path):
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "__init__.py").write_text("")
+        start = dry_run(launch, "-m", "alexnet", PYTHONPATH=str(tmp_path))[1]
+        assert "torch.distributed.run" in start
+
+
+@pytest.fixture
+def project(tmp_path):
+    """A copy of what the launcher needs, in a folder with an awkward name, with no packages."""
+    folder = tmp_path / "my $HOME pro'ject"
+    folder.mkdir()
+    for name in OURS:
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, folder / name)
+    (folder / "cifar.py").write_text(REPORTER)
+    return folder
+
+
+def test_before_anything_is_installed_the_command_is_shown_and_nothing_made(launch, project):
+    for name in ("python", "python3"):  # without site-packages
+        write_program(launch.programs / name, f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    before = sorted(project.iterdir())
+    start = dry_run(launch, "-m", "alexnet", launcher=project / "launcher.sh")[1]
+    assert start[0] == str(project / ".venv" / "bin" / "python")
+    assert sorted(project.iterdir()) == before
+    assert list(launch.folder.iterdir()) == []
+
+
+def test_arguments_arrive_byte_for_byte_and_the_printed_command_does_the_same(
+    launch, project, tmp_path
+):
+    """From another folder, through a symbolic link, inside the leftovers of another launcher."""
+    link = tmp_path / "start it"
+    link.symlink_to(project / "launcher.sh")
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    leftovers = {"RANK": "7", "WORLD_SIZE": "9", "PET_NNODES": "3", "PYTHON_EXEC": "/bin/false"}
+    env = {"REPORT": str(tmp_path / "report"), "TMPDIR": str(temporary), **leftovers}
+    call = ["-m", "resnet20", "-n", "2", "-d", "synthetic10", "--", *HOSTILE]
+
+    result = launch(*call, launcher=link, **env)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    assert list(temporary.iterdir()) == []
+    seen = [json.loads((tmp_path / f"report{rank}").read_text()) for rank in range(2)]
+    for rank, report in enumerate(seen):
+        script, local_rank, *arguments = report.pop("argv")
+        assert script == str(project / "cifar.py")
+        assert local_rank == f"--local-rank={rank}"
+        assert arguments[-len(HOSTILE) :] == HOSTILE
+        assert str(project / "checkpoints" / "synthetic10" / "resnet20") in arguments
+        assert report["cwd"] == str(launch.folder)
+        assert report["WORLD_SIZE"] == "2"
+        assert report["MASTER_ADDR"] == "127.0.0.1"
+        assert report["GLOO_SOCKET_IFNAME"] == "lo"
+
+    shell = subprocess.run(
+        ["bash", "-c", result.stdout], env=environment(**env), cwd=launch.folder, timeout=60,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert shell.returncode == 0, shell.stderr
+    again = json.loads((tmp_path / "report1").read_text())
+    assert again["argv"][2:] == arguments
+    assert list(launch.folder.iterdir()) == [], "a hostile argument was executed"
