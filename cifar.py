@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from utils.comm import Comm, Exchange
 from utils.engine import leave, main
+from utils.supervise import end_with_parent
 
 # Training never reads batch-norm buffers, so broadcasting them at each forward is waste; see
 # Comm.average_buffers. torch 2.15 has renamed the argument.
@@ -46,6 +47,7 @@ class TorchComm(Comm):
     def __init__(self) -> None:
         self.launched = "WORLD_SIZE" in os.environ
         if self.launched:
+            end_with_parent()  # no worker outlives a launcher that is killed
             self.rank = int(os.environ["RANK"])
             self.size = int(os.environ["WORLD_SIZE"])
             self.local_rank = int(os.environ["LOCAL_RANK"])
@@ -96,6 +98,10 @@ class TorchComm(Comm):
         highest = torch.tensor(value)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.patient)
         return int(highest)
+
+    def lost_peer(self, error: Exception) -> bool:
+        text = str(error)
+        return "Connection closed by peer" in text or "Connection reset by peer" in text
 
     def close(self) -> None:
         if self.launched:

@@ -25,6 +25,7 @@ from utils.errors import BAD_INPUT, UserError
 
 try:
     import horovod.torch as hvd
+    from horovod.common.exceptions import HorovodInternalError
 except ImportError:
     print("error: Horovod is not installed here; ./setup.sh --horovod builds it", file=sys.stderr)
     sys.exit(BAD_INPUT)
@@ -38,6 +39,10 @@ class HorovodComm(Comm):
 
     def __init__(self) -> None:
         hvd.init()
+        if hvd.rank() == 0 and "CIFAR_TERMINAL" in os.environ:
+            # horovodrun pipes its workers' output; the progress bar needs the terminal itself.
+            terminal = os.open(os.environ["CIFAR_TERMINAL"], os.O_WRONLY | os.O_NOCTTY)
+            os.dup2(terminal, sys.stdout.fileno())
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
         super().__init__()
@@ -50,9 +55,10 @@ class HorovodComm(Comm):
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
     ) -> tuple[nn.Module, Optimizer]:
-        if exchange.adasum and not hvd.mpi_built():
+        if exchange.adasum and (not hvd.mpi_enabled() or self.size & (self.size - 1)):
             raise UserError(
-                "--adasum: this Horovod is built without MPI, which Adasum needs; leave it out"
+                "--adasum: needs Horovod built and run with MPI, and 2, 4, 8, ... workers; leave "
+                "it out"
             )
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # buffers included
         optimizer = hvd.DistributedOptimizer(  # its hooks all-reduce during backward
@@ -72,6 +78,9 @@ class HorovodComm(Comm):
 
     def max_(self, value: int) -> int:
         return int(hvd.allreduce(torch.tensor(value), op=hvd.Max))
+
+    def lost_peer(self, error: Exception) -> bool:
+        return isinstance(error, HorovodInternalError)
 
     def close(self) -> None:
         hvd.shutdown()

@@ -10,7 +10,9 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   -g GPUS      ids of the GPUs to use, such as 0,1 (default: all; the CPU where there is none)
   -d DATASET   cifar10 (default), cifar100, folder, synthetic10 or synthetic100
   -f ENGINE    dist (PyTorch DistributedDataParallel, default) or horovod
-  --port N     port of the rendezvous on 127.0.0.1 (default: a free one)
+  --port N     dist: port of the rendezvous on 127.0.0.1 (default: a free one)
+  --hosts LIST horovod: host:slots,... for workers on several machines (default: all here)
+  --yes        horovod: build it first where it is missing (minutes, once)
   --list       show the recipes
   --dry-run    print the command and its environment, start nothing
   -h           this text
@@ -26,13 +28,13 @@ fail() {
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' dry_run=0 list=0
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0
 flags=()
 
 parse_options() {
     while (($#)); do
         case $1 in
-            -m | -n | -g | -d | -f | --port)
+            -m | -n | -g | -d | -f | --port | --hosts)
                 [[ ${2-} != '' && $2 != -[^0-9]* ]] || fail "$1 '${2-}': needs a value; ./launcher.sh -h shows which"
                 case $1 in
                     -m) model=$2 ;;
@@ -41,13 +43,15 @@ parse_options() {
                     -d) dataset=$2 ;;
                     -f) engine=$2 ;;
                     --port) port=$2 ;;
+                    --hosts) hosts=$2 ;;
                 esac
                 shift 2
                 ;;
-            --port=*) set -- --port "${1#*=}" "${@:2}" ;;
+            --port=* | --hosts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
             -[mngdf]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
+            --yes) yes=1 && shift ;;
             -h | --help)
                 usage
                 exit 0
@@ -105,10 +109,22 @@ END
 
 check_engine() {
     case $engine in
-        dist) ;;
-        horovod) fail '-f horovod: not available yet; use -f dist' ;;
+        dist) [[ -z $hosts ]] || fail "--hosts $hosts: for -f horovod; leave it out" ;;
+        horovod) [[ -z $port ]] || fail "--port $port: for -f dist; leave it out" ;;
         *) fail "-f '$engine': no such engine; choose dist or horovod" ;;
     esac
+}
+
+# Checks hosts, or sets it to this machine. Host names end up in ssh commands.
+check_hosts() {
+    local entry slots=0
+    hosts=${hosts:-localhost:$workers}
+    [[ $hosts =~ ^[A-Za-z0-9][A-Za-z0-9.-]*:[1-9][0-9]{0,3}(,[A-Za-z0-9][A-Za-z0-9.-]*:[1-9][0-9]{0,3})*$ ]] ||
+        fail "--hosts '$hosts': give host:slots,host:slots,..."
+    for entry in ${hosts//,/ }; do
+        slots=$((slots + ${entry##*:}))
+    done
+    ((workers <= slots)) || fail "-n $workers: more workers than the $slots slot(s) of --hosts $hosts"
 }
 
 # How many GPUs the driver shows.
@@ -232,6 +248,39 @@ dist_command() {
         environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}")
 }
 
+# The same for Horovod.
+horovod_command() {
+    local script horovodrun
+    script=$(from_here cifar_horovod.py)
+    horovodrun=${python%/*}/horovodrun
+    command=("$python" -m horovod.runner.launch)
+    [[ ! -x $horovodrun ]] || command=("$horovodrun")
+    command+=(-np "$workers" -H "$hosts" --gloo --disable-cache)
+    [[ $hosts != "localhost:$workers" || ! -e /sys/class/net/lo ]] ||
+        command+=(--network-interfaces lo)
+    command+=("$python" "$script")
+}
+
+has_horovod() {
+    "$python" -c 'import importlib.util, sys
+sys.exit(importlib.util.find_spec("horovod") is None)' 2>/dev/null
+}
+
+# horovodrun puts the values of its environment on a command line that everybody can read, and
+# runs what stands in their names: it gets those that training needs, by name.
+allowed_environment() {
+    local name
+    while IFS= read -r name; do
+        case $name in
+            PATH | HOME | USER | LOGNAME | SHELL | LANG | LC_* | TERM | COLUMNS | LINES | TMPDIR | \
+                LD_LIBRARY_PATH | VIRTUAL_ENV | PYTHON* | OMP_* | MKL_* | CUDA_* | NVIDIA_* | NCCL_* | \
+                GLOO_* | HOROVOD_* | TORCH_* | PYTORCH_* | CIFAR_* | XDG_CACHE_HOME)
+                printf '%s=%s\0' "$name" "${!name}"
+                ;;
+        esac
+    done < <(compgen -e)
+}
+
 # Prints words such that a shell reads them as they are.
 print_command() {
     local word line=''
@@ -244,7 +293,7 @@ print_command() {
 
 main() {
     local python small_python visible recipe cores
-    local command=() arguments=() shown=() environment=() dropped=()
+    local command=() arguments=() shown=() environment=() dropped=() allowed=()
     parse_options "$@"
     if ((list)); then
         find_python
@@ -261,8 +310,15 @@ main() {
     recipe=$(recipes find "$model") || exit 2
     mapfile -t arguments <<<"$recipe"
     model=${arguments[0]}
-    check_port
+    case $engine in
+        dist) check_port ;;
+        horovod) check_hosts ;;
+    esac
     ((dry_run)) || python=$("$root/setup.sh" --which)
+    if [[ $engine == horovod ]] && ! ((dry_run)) && ! has_horovod; then
+        ((yes)) || fail '-f horovod: Horovod is not installed; ./setup.sh --horovod builds it, or add --yes'
+        "$root/setup.sh" --horovod
+    fi
     [[ ! $PWD -ef $root ]] || python=${python#"$root/"}
 
     arguments=("${arguments[@]:1}" --dataset "$dataset")
@@ -282,6 +338,10 @@ main() {
     ((dry_run)) && return
     ((${#dropped[@]} == 0)) || unset "${dropped[@]}"
     export "${environment[@]}"
+    if [[ $engine == horovod ]]; then
+        mapfile -d '' -t allowed < <(allowed_environment)
+        exec env -i "${allowed[@]}" "$python" "$root/utils/supervise.py" --tagged -- "${command[@]}"
+    fi
     exec "$python" "$root/utils/supervise.py" -- "${command[@]}"
 }
 

@@ -5,8 +5,9 @@ set -euo pipefail
 
 usage() {
     cat <<'END'
-usage: ./setup.sh [--dev] [--which | --find]
+usage: ./setup.sh [--dev] [--horovod] [--which | --find]
   --dev      also what run_tests.sh needs
+  --horovod  also build and install Horovod (minutes, once; tools/build_horovod.sh)
   --which    print the interpreter to use: the active environment's where it has everything, else
              .venv's, which is set up first where it is missing
   --find     print the same and set nothing up; exit code 1 says that --which would
@@ -19,10 +20,11 @@ fail() {
     exit 2
 }
 
-dev=0 task=setup
+dev=0 horovod=0 task=setup
 for option in "$@"; do
     case $option in
         --dev) dev=1 ;;
+        --horovod) horovod=1 ;;
         --which | --find) task=${option#--} ;;
         -h | --help)
             usage
@@ -131,6 +133,11 @@ set_up() {
         "$(lacks "$python")" "$venv" >&2
     install_packages "$python"
 }
+
+# Horovod goes into the environment that would train.
+if ((horovod)); then
+    exec "$root/tools/build_horovod.sh" "$("$0" "${@/--horovod/--which}")"
+fi
 
 if [[ $task != setup ]] && active; then
     exit 0

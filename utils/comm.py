@@ -130,6 +130,10 @@ class Comm:
         for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
             buffer.copy_(part.view_as(buffer))
 
+    def lost_peer(self, error: Exception) -> bool:
+        """Whether an error only says that another worker is gone."""
+        return False
+
     def close(self) -> None:
         """Leave the group. Nothing may be asked of the engine afterwards."""
 

@@ -72,6 +72,10 @@ def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:
         comm = engine()
         try:
             run(comm, options)
+        except Exception as error:
+            if comm.lost_peer(error):
+                raise PeerFailed(FAILED) from error
+            raise
         finally:
             comm.close()
     except UserError as error:
@@ -82,6 +86,7 @@ def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return BAD_INPUT
     except PeerFailed as error:
+        time.sleep(3)  # the launcher takes the first worker that ends for the one that failed
         return error.code
     except TrainingError as error:
         if rank == 0:

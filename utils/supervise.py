@@ -1,9 +1,11 @@
-"""Starts a launcher and stays beside it: python supervise.py -- command ...
+"""Starts a launcher and stays beside it: python supervise.py [--tagged] -- command ...
 
 torch.distributed.launch answers every failure with exit code 1 and pages of text of its own, and
 leaves its workers behind when it is killed. This small process, which imports nothing but the
 standard library, passes on what the workers say, keeps the launcher's failure report to itself,
-turns it into one line and an exit code, and leaves no process behind.
+turns it into one line and an exit code, and leaves no process behind. With --tagged the launcher
+is horovodrun, which puts a tag before every line of its workers and pipes their standard output
+too; rank 0 then finds the terminal, if there is one, under CIFAR_TERMINAL.
 
 Exit codes: 0 finished, 2 bad input, 3 training failed, 130 and 143 ended by Ctrl-C and SIGTERM;
 75 of a worker is passed on.
@@ -24,7 +26,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 BAD_INPUT, FAILED, RUN_AGAIN = 2, 3, 75
-STDERR = 2
+STDOUT, STDERR = 1, 2
 
 # Seconds after which silence means that what has come of a line or a traceback is all of it.
 IDLE = 0.2
@@ -38,6 +40,11 @@ GRACE = 2.0
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 _REPORT = b"torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
+_TAG = re.compile(rb"\[\d+\]<std(out|err)>:")
+# What horovodrun says of itself.
+_TAGGED_REPORT = b"RuntimeError: Horovod detected that one or more processes exited"
+_TAGGED_FAILURE = re.compile(rb"Process (\d+) exit with status code (\d+)\.")
+_TAGGED_NOISE = re.compile(rb"Terminating remaining workers after|\[\d+\]<stderr>:Terminated$")
 _ENDED_BY_SIGNAL = (
     b"torch.distributed.elastic.multiprocessing.api.SignalException",
     b"KeyboardInterrupt",
@@ -67,7 +74,7 @@ class Failure(NamedTuple):
 
 
 class Screen:
-    """Passes standard error on, except what the launcher says about the end of its workers.
+    """Passes a stream on, except what the launcher says about the end of its workers.
 
     Workers and launcher write to one pipe. The launcher's log lines carry its process id; a
     traceback is held back until its last line tells whose it is; the report comes last.
@@ -111,6 +118,15 @@ class Screen:
 
     def line(self, line: bytes) -> None:
         """Take one line, with its end."""
+        if _TAGGED_NOISE.match(line):
+            return
+        if found := _TAGGED_FAILURE.match(line):
+            code = int(found[2])
+            # The first to end comes first here; a shell adds 128 to a signal.
+            worker = Failure("", int(found[1]), code if code < 128 else 128 - code)
+            self.failures.insert(0, worker)
+            return
+        line = _TAG.sub(b"", line)
         if self._reporting:
             self._read_report(line)
         elif self._log_line.match(line):
@@ -120,7 +136,7 @@ class Screen:
             self._traceback = [line]
         elif self._traceback and line.startswith((b" ", b"\t")):
             self._traceback.append(line)
-        elif self._traceback and line.startswith(_REPORT):
+        elif self._traceback and line.startswith((_REPORT, _TAGGED_REPORT)):
             self._traceback = []
             self._reporting = True
         elif self._traceback and self.interrupted and line.startswith(_ENDED_BY_SIGNAL):
@@ -177,28 +193,45 @@ def root_cause(failures: Sequence[Failure]) -> Failure:
     return min(same_second, key=rank_of_causes)
 
 
-def supervise(command: Sequence[str]) -> int:
-    """Run a launcher to its end; returns the exit code."""
+def supervise(command: Sequence[str], tagged: bool = False) -> int:
+    """Run a launcher, horovodrun if tagged, to its end; returns the exit code."""
     if sys.platform == "linux":
         # Workers whose launcher is gone become children of this process and can be ended.
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
     reading, writing = os.pipe()
+    reading_out, writing_out = os.pipe() if tagged else (None, None)
+    environment = dict(os.environ)
+    if tagged and os.isatty(STDOUT):
+        environment["CIFAR_TERMINAL"] = os.ttyname(STDOUT)
     try:
         # In a session of its own: what the terminal sends comes here once and is passed on once.
         launcher = subprocess.Popen(
-            command, stderr=writing, start_new_session=True, preexec_fn=_begin_launcher
+            command,
+            stdout=writing_out,
+            stderr=writing,
+            env=environment,
+            start_new_session=True,
+            preexec_fn=_begin_launcher,
         )
     except OSError as error:
         print(f"error: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
         return BAD_INPUT
     os.close(writing)
     screen = Screen(STDERR, launcher.pid)
+    streams = [(screen, reading)]
+    if reading_out is not None and writing_out is not None:
+        os.close(writing_out)
+        output = Screen(STDOUT, launcher.pid)
+        output.failures = screen.failures  # horovodrun reports on standard output
+        streams.append((output, reading_out))
     received = _forward_signals(launcher, screen)
-    reader = threading.Thread(target=screen.copy, args=(reading,), daemon=True)
-    reader.start()
+    readers = [threading.Thread(target=s.copy, args=(pipe,), daemon=True) for s, pipe in streams]
+    for reader in readers:
+        reader.start()
     code = launcher.wait()
     _end_descendants()
-    reader.join(timeout=5)
+    for reader in readers:
+        reader.join(timeout=5)
     return _exit_code(code, screen, received)
 
 
@@ -240,8 +273,8 @@ def _exit_code(code: int, screen: Screen, received: list[int]) -> int:
     else:
         screen.show_log()
         who = "the launcher"
-    if code in (BAD_INPUT, RUN_AGAIN):
-        return code
+    if code in (BAD_INPUT, FAILED, RUN_AGAIN):
+        return code  # the worker has said why
     how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
     screen.write(f"error: {who} {how}; training has stopped\n".encode())
     return FAILED
@@ -300,6 +333,8 @@ def _reap() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] != ["--"] or len(sys.argv) < 3:
-        sys.exit("usage: python supervise.py -- command ...")
-    sys.exit(supervise(sys.argv[2:]))
+    tagged = sys.argv[1:2] == ["--tagged"]
+    words = sys.argv[1 + tagged :]
+    if words[:1] != ["--"] or len(words) < 2:
+        sys.exit("usage: python supervise.py [--tagged] -- command ...")
+    sys.exit(supervise(words[1:], tagged))
