@@ -15,6 +15,8 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   --yes        horovod: build it first where it is missing (minutes, once)
   --list       show the recipes
   --dry-run    print the command and its environment, start nothing
+  --compare    train with one process, dist and horovod; compare losses, parameters and speed
+  --verify     prove on this machine that workers, engine and interruptions change no result
   -h           this text
 What stands after -- goes to cifar.py and wins over the recipe; python cifar.py -h lists its flags.
 END
@@ -28,7 +30,7 @@ fail() {
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0 tool=''
 flags=()
 
 parse_options() {
@@ -52,6 +54,7 @@ parse_options() {
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
             --yes) yes=1 && shift ;;
+            --compare | --verify) tool=${1#--} && shift ;;
             -h | --help)
                 usage
                 exit 0
@@ -291,6 +294,12 @@ print_command() {
     printf '%s\n' "${line# }"
 }
 
+# Runs a command of tools/ in the caller's folder.
+run_tool() {
+    python=$("$root/setup.sh" --which)
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m "tools.$tool" "$@"
+}
+
 main() {
     local python small_python visible recipe cores
     local command=() arguments=() shown=() environment=() dropped=() allowed=()
@@ -299,6 +308,9 @@ main() {
         find_python
         recipes list
         return
+    fi
+    if [[ $tool == verify ]]; then
+        run_tool "${flags[@]}"
     fi
     [[ $model ]] || fail '-m: name a recipe; ./launcher.sh --list shows them'
     check_engine
@@ -310,6 +322,9 @@ main() {
     recipe=$(recipes find "$model") || exit 2
     mapfile -t arguments <<<"$recipe"
     model=${arguments[0]}
+    if [[ $tool == compare ]]; then
+        run_tool -m "$model" -n "$workers" -d "$dataset" -- "${flags[@]}"
+    fi
     case $engine in
         dist) check_port ;;
         horovod) check_hosts ;;

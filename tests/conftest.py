@@ -1,37 +1,24 @@
 """Fixtures that start the real scripts, as users do, on every engine."""
 
 import contextlib
-import importlib.util
 import os
-import re
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"serial": "cifar.py", "dist": "cifar.py", "horovod": "cifar_horovod.py"}
-# What an outer launcher may have left; the tests' own launchers set it anew.
-INHERITED = re.compile("(LOCAL_)?(RANK|WORLD_SIZE)|(MASTER|PET|TORCHELASTIC|HOROVOD)_.*")
+from tools.arms import ROOT, SCRIPTS, clean_environment, engine_command, has_horovod
+
 # In the environment of every process that the tests start, however deep.
 MARK = {"CIFAR_TESTS": str(os.getpid())}
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
-
-
 def environment(**changes) -> dict[str, str]:
     """The environment of the tests' processes: one thread, no GPU, nothing inherited."""
-    clean = {name: value for name, value in os.environ.items() if not INHERITED.fullmatch(name)}
-    return {**clean, **MARK, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+    quiet = {**MARK, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+    return clean_environment(**quiet)
 
 
 def run(command, *, env=None, cwd=ROOT, timeout=100) -> subprocess.CompletedProcess:
@@ -75,25 +62,6 @@ def kill(processes) -> None:
             os.kill(process, signal.SIGKILL)
 
 
-def engine_command(engine: str, workers: int, script: Path) -> list[str]:
-    """How a user starts a script with an engine."""
-    if engine == "serial":
-        return [sys.executable, str(script)]
-    if engine == "dist":
-        return [
-            sys.executable, "-W", "ignore::FutureWarning", "-m", "torch.distributed.launch",
-            f"--nproc_per_node={workers}", "--master_addr=127.0.0.1",
-            f"--master_port={free_port()}", "--log-dir=/dev/null", str(script),
-        ]  # fmt: skip
-    horovodrun = shutil.which("horovodrun", path=str(Path(sys.executable).parent))
-    if importlib.util.find_spec("horovod") is None or horovodrun is None:
-        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
-    return [
-        horovodrun, "-np", str(workers), "-H", f"localhost:{workers}", "--gloo",
-        sys.executable, str(script),
-    ]  # fmt: skip
-
-
 @pytest.fixture(scope="session", autouse=True)
 def no_process_is_left():
     """At the end nothing that a test started is alive."""
@@ -118,7 +86,7 @@ def run_script():
 
     def start(arguments, workers=None, **options):
         engine = "serial" if workers is None else "dist"
-        command = engine_command(engine, workers or 1, ROOT / "cifar.py")
+        command = engine_command(engine, workers or 1, str(ROOT / "cifar.py"))
         return run([*command, *arguments], **options)
 
     return start
@@ -135,10 +103,10 @@ def launch(engine):
     """Start a script with the engine of this turn; the training script unless another is named."""
 
     def start(arguments, workers=2, script=None, **options):
-        path = ROOT / (script or SCRIPTS[engine])
-        command = engine_command(engine, workers, path)
-        if script:
-            command.append(SCRIPTS[engine].removesuffix(".py"))
+        if engine == "horovod" and not has_horovod():
+            pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+        words = [script, SCRIPTS[engine].removesuffix(".py")] if script else [SCRIPTS[engine]]
+        command = engine_command(engine, workers, str(ROOT / words[0]), *words[1:])
         return run([*command, *arguments], **options)
 
     return start

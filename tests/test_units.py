@@ -104,7 +104,7 @@ FLAGS = {
     "--gamma", "--warmup-steps", "--warmup", "--momentum", "--nesterov", "--wd", "--weight-decay",
     "--sync-bn", "--manualSeed", "--seed", "--compression", "--backward-passes-per-step",
     "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
-    "--overwrite", "-e", "--evaluate",
+    "--overwrite", "-e", "--evaluate", "--per-class", "--trust-checkpoint",
     "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip

@@ -80,10 +80,11 @@ def save(folder: Path, state: dict[str, Any], is_best: bool) -> None:
             write_atomically(folder / BEST, lambda file: shutil.copyfileobj(source, file))
 
 
-def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
+def load(path: Path, flag: str = "--resume", trust: bool = False) -> dict[str, Any]:
     """Read a checkpoint, of this suite or of an older script of the family.
 
-    Nothing in the file is executed. A bare state dict counts as a checkpoint without history.
+    Nothing in the file is executed unless ``trust`` says that it may be. A bare state dict counts
+    as a checkpoint without history.
 
     Returns:
         The file's dict; ``state_dict`` in it has the raw model's names (no ``module.``).
@@ -94,11 +95,14 @@ def load(path: Path, flag: str = "--resume") -> dict[str, Any]:
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=not trust)
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "Weights only" in str(error):
-            why = "it holds more than tensors, numbers, strings, lists and dicts, or is damaged"
+            why = (
+                "damaged, or reading it would run code in it: --trust-checkpoint allows that for "
+                "a file that you know"
+            )
         raise UserError(
             f"{flag} {path}: not a readable checkpoint ({why}); name another file"
         ) from error

@@ -23,6 +23,7 @@ from models import model_arguments
 from utils import checkpoint, order
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
+from utils.confusion import Confusion
 from utils.data import load_dataset
 from utils.errors import (
     BAD_INPUT,
@@ -147,7 +148,9 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         )
         checkpoint.load_model(model, saved.state, saved.path, wanted)
     if options.evaluate:
-        report_evaluation(evaluate_on(test_set, model, comm, options), saved, say)
+        confusion = Confusion(len(data.classes), comm.device) if options.per_class else None
+        result = evaluate_on(test_set, model, comm, options, confusion)
+        report_evaluation(result, saved, confusion, data.classes, comm)
         return
 
     shape = epoch_shape(options, batch, len(train_set))
@@ -298,11 +301,18 @@ def _to(array: np.ndarray, device: torch.device) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, images: ImageSet, batch: int, amp: str, comm: Comm) -> Metrics:
+def evaluate(
+    model: nn.Module,
+    images: ImageSet,
+    batch: int,
+    amp: str,
+    comm: Comm,
+    confusion: Confusion | None = None,
+) -> Metrics:
     """Score the model on a whole set, each worker a part of it.
 
     Worker r takes images r, r + size, ...: nothing is padded or counted twice, so the result
-    belongs to the set and not to the number of workers.
+    belongs to the set and not to the number of workers. Counts into confusion, if given.
 
     Raises:
         TrainingError: the workers have not counted every image exactly once.
@@ -322,28 +332,48 @@ def evaluate(model: nn.Module, images: ImageSet, batch: int, amp: str, comm: Com
         output = at_least_float32(output)
         loss = functional.cross_entropy(output, labels, reduction="sum")
         meter.update(loss, output, labels)
+        if confusion:
+            confusion.update(output, labels)
         times.step_done(loss, len(index))
         if bar.due(k + 1):
             bar.show(k + 1, meter.local(), times)
     bar.finish()
     result = meter.reduced(comm)  # one sum over the workers
+    if confusion:
+        confusion.reduce(comm)  # another one
     if result.images != len(images):
         raise TrainingError(f"evaluated {result.images} images of {len(images)}")
     return result
 
 
 def evaluate_on(
-    images: ImageSet, model: nn.Module, comm: Comm, options: argparse.Namespace
+    images: ImageSet,
+    model: nn.Module,
+    comm: Comm,
+    options: argparse.Namespace,
+    confusion: Confusion | None = None,
 ) -> Metrics:
     """``evaluate`` with the batch and precision of the options."""
-    return evaluate(model, images, options.test_batch, options.amp, comm)
+    return evaluate(model, images, options.test_batch, options.amp, comm, confusion)
 
 
-def report_evaluation(result: Metrics, saved: Saved | None, say: Any) -> None:
-    """Print what --evaluate has found."""
-    if saved:
-        say(f"{saved.path}, after epoch {saved.state.get('epoch', 'unknown')}")
-    say(
+def report_evaluation(
+    result: Metrics,
+    saved: Saved | None,
+    confusion: Confusion | None,
+    classes: Sequence[str],
+    comm: Comm,
+) -> None:
+    """Print what --evaluate has found; the confusion matrix becomes a picture."""
+    if not comm.is_main or saved is None:
+        return
+    print(f"{saved.path}, after epoch {saved.state.get('epoch', 'unknown')}")
+    if confusion:
+        print("\n".join(confusion.lines(classes)))
+        picture = saved.path.parent / "confusion.png"
+        confusion.draw(classes, picture)
+        print(picture)
+    print(
         f"Test Loss: {result.loss:.8f}, Test Acc: {result.top1:.2f} "
         f"({round(result.top1 * result.images / 100)} of {result.images}), top5 {result.top5:.2f}"
     )

@@ -113,7 +113,7 @@ def read_images(listing: Listing, threads: int, notify: Notify) -> Arrays:
     resized = 0
     with ThreadPoolExecutor(threads) as pool:
         try:
-            for i, (pixels, changed) in enumerate(pool.map(_decode, files, chunksize=64)):
+            for i, (pixels, changed) in enumerate(pool.map(read_image, files, chunksize=64)):
                 images[i] = pixels
                 resized += changed
                 if show and i % 500 == 499:
@@ -131,7 +131,7 @@ def read_images(listing: Listing, threads: int, notify: Notify) -> Arrays:
     return images[:cut], labels[:cut], images[cut:], labels[cut:], listing.classes
 
 
-def _decode(path: Path) -> tuple[np.ndarray, bool]:
+def read_image(path: Path) -> tuple[np.ndarray, bool]:
     """(32, 32, 3) uint8, and whether the image had another size."""
     try:
         with warnings.catch_warnings():

@@ -298,7 +298,15 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "-e", "--evaluate", action="store_true",
-        help="evaluate --resume FILE on the test set; train and write nothing",
+        help="evaluate --resume FILE on the test set; train nothing",
+    )  # fmt: skip
+    group.add_argument(
+        "--per-class", action="store_true",
+        help="with --evaluate: accuracy of each class, and confusion.png beside the checkpoint",
+    )  # fmt: skip
+    group.add_argument(
+        "--trust-checkpoint", action="store_true",
+        help="read a --resume file even if that runs code in it; for files that you know",
     )  # fmt: skip
     group.add_argument(
         "--trace", metavar="FILE", help="write loss and times of every step as JSON at the end"
@@ -355,6 +363,10 @@ def _contradictions(options: argparse.Namespace) -> list[tuple[bool, str]]:
         if value
     ]
     return [
+        (
+            o.per_class and not o.evaluate,
+            "--per-class: goes with --evaluate --resume FILE; add them or leave it out",
+        ),
         (o.evaluate and not o.resume, "--evaluate: name the checkpoint with --resume FILE"),
         (
             bool(o.overwrite and o.resume),

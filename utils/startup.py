@@ -87,7 +87,7 @@ def find_checkpoint(options: argparse.Namespace) -> Saved | None:
             if options.evaluate:
                 raise UserError(f"--resume auto: {path} does not exist; name a file to evaluate")
             return None
-    return Saved(path, checkpoint.load(path))
+    return Saved(path, checkpoint.load(path, trust=options.trust_checkpoint))
 
 
 def run_folder(options: argparse.Namespace) -> Path:

@@ -1,0 +1,153 @@
+"""A run that is killed and resumed is the run that nobody touched, bit for bit."""
+
+import json
+import random
+
+import pytest
+import torch
+
+from tools.arms import ROOT, SCRIPTS, engine_command
+from tools.planted import MISTAKES
+from utils import checkpoint
+
+COMMON = [
+    "-d", "synthetic10", "--train-size", "197", "--test-size", "50", "--train-batch", "32",
+    "--epochs", "2", "--schedule", "1", "--lr", "0.02", "--save-every", "3",
+]  # fmt: skip
+STEPS = 2 * 7  # 197 images in batches of 32, two epochs
+MODELS = {
+    "alexnet": ["-a", "alexnet"],
+    "resnet": ["-a", "resnet", "--depth", "8"],
+    "wrn with dropout": ["-a", "wrn", "--depth", "10", "--widen-factor", "1", "--drop", "0.3"],
+}
+FAST = [
+    ("alexnet", "dist", 2, 5),
+    ("wrn with dropout", "serial", 1, 10),
+    ("resnet", "horovod", 2, 9),
+]
+
+
+def random_cases() -> list[tuple[str, str, int, int]]:
+    """Twenty kill points from a seeded generator, over all models and engines."""
+    draw = random.Random(2024)
+    cases = []
+    for i in range(20):
+        engine = ("serial", "dist", "horovod")[i % 3]
+        workers = 1 if engine == "serial" else draw.choice((1, 2))
+        cases.append((draw.choice(list(MODELS)), engine, workers, draw.randrange(STEPS)))
+    return cases
+
+
+@pytest.fixture
+def train(run):
+    """Run the script of an engine in a folder, killed after some steps or not."""
+
+    def start(folder, model, engine, workers, *more, kill_at=None):
+        if engine == "horovod":
+            pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+        script = SCRIPTS[engine].removesuffix(".py")
+        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"))
+        words += ["none" if kill_at is None else f"kill-{kill_at}", script]
+        return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
+
+    return start
+
+
+def check(train, tmp_path, model, engine, workers, kill_at):
+    untouched, killed = tmp_path / "untouched", tmp_path / "killed"
+    result = train(untouched, model, engine, workers)
+    assert result.returncode == 0, result.stderr
+    assert train(killed, model, engine, workers, kill_at=kill_at).returncode != 0
+    result = train(killed, model, engine, workers, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    same(untouched, killed)
+
+
+def same(one, other):
+    """State, log and metrics are equal, times aside."""
+    states = [checkpoint.load(folder / checkpoint.LATEST) for folder in (one, other)]
+    for part in ("state_dict", "optimizer"):
+        tensors = [dict(flat(state[part])) for state in states]
+        assert tensors[0].keys() == tensors[1].keys()
+        for name, value in tensors[0].items():
+            equal = torch.equal if isinstance(value, torch.Tensor) else lambda a, b: a == b
+            assert equal(value, tensors[1][name]), name
+    for key in ("epoch", "step", "acc", "best_acc", "best_epoch"):
+        assert states[0][key] == states[1][key]
+    assert (one / "log.txt").read_text() == (other / "log.txt").read_text()
+    records = [
+        [
+            {k: v for k, v in json.loads(line).items() if k not in ("seconds", "images_per_second")}
+            for line in (folder / "metrics.jsonl").read_text().splitlines()
+        ]
+        for folder in (one, other)
+    ]
+    assert records[0] == records[1]
+
+
+def flat(value, name=""):
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from flat(item, f"{name}.{key}")
+    elif isinstance(value, list):
+        for key, item in enumerate(value):
+            yield from flat(item, f"{name}.{key}")
+    else:
+        yield name, value
+
+
+@pytest.mark.parametrize(("model", "engine", "workers", "kill_at"), FAST)
+def test_killed_and_resumed_equals_untouched(train, tmp_path, model, engine, workers, kill_at):
+    check(train, tmp_path, model, engine, workers, kill_at)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("model", "engine", "workers", "kill_at"), random_cases())
+def test_killed_anywhere_and_resumed(train, tmp_path, model, engine, workers, kill_at):
+    check(train, tmp_path, model, engine, workers, kill_at)
+
+
+def test_engines_read_each_others_checkpoints(train, tmp_path):
+    """An epoch by one engine, the next by the other, is two epochs by one."""
+    precise = ("--dtype", "float64")
+    alone = tmp_path / "alone"
+    assert train(alone, "alexnet", "serial", 1, *precise).returncode == 0
+    for first, second in (("dist", "horovod"), ("horovod", "dist")):
+        folder = tmp_path / first
+        assert train(folder, "alexnet", first, 2, *precise, "--epochs", "1").returncode == 0
+        result = train(folder, "alexnet", second, 2, *precise, "--resume", "auto")
+        assert result.returncode == 0, result.stderr
+        weights = [checkpoint.load(f / checkpoint.LATEST)["state_dict"] for f in (alone, folder)]
+        for name, tensor in weights[0].items():
+            assert (tensor - weights[1][name]).abs().max() < 1e-9, (first, name)
+
+
+def test_replicas_that_come_apart_are_noticed(run, tmp_path):
+    """The last bit of one value on one worker: rank and tensor are named."""
+    words = engine_command("dist", 2, str(ROOT / "tools" / "planted.py"), "flip-3", "cifar")
+    result = run(
+        [*words, *COMMON, *MODELS["alexnet"], "-c", tmp_path / "r", "--check-replicas", "4"]
+    )
+    assert result.returncode != 0
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
+    assert "rank 1" in line
+    assert "classifier.bias" in line
+
+
+def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(train, tmp_path):
+    folder = tmp_path / "run"
+    train(folder, "alexnet", "serial", 1, kill_at=5)
+    result = train(folder, "alexnet", "serial", 1, "--resume", "auto", "--train-batch", "16")
+    assert result.returncode == 2
+    assert "global batch 32, not 16" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("mistake", ["none", *MISTAKES])
+def test_verify_notices_every_planted_mistake(run, mistake):
+    command = [ROOT / "launcher.sh", "--verify"]
+    command += [] if mistake == "none" else ["--", "--plant", mistake]
+    result = run(command, timeout=580)
+    assert result.returncode == (0 if mistake == "none" else 1), result.stdout + result.stderr
+    assert ("FAIL" in result.stdout) == (mistake != "none")

@@ -1,0 +1,47 @@
+"""The five likeliest classes of each image, by a checkpoint.
+
+python tools/predict.py CHECKPOINT IMAGE...
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see inspect.py
+
+import numpy as np
+import torch
+
+from tools.network import load_network
+from utils.augment import ImageSet
+from utils.errors import BAD_INPUT, UserError
+from utils.image_folder import read_image
+
+
+def main() -> int:
+    """Predict for the images of the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    options = parser.parse_args()
+    try:
+        network = load_network(options.checkpoint)
+        pixels = np.stack([read_image(path)[0] for path in options.images])
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    labels = np.zeros(len(pixels), np.int64)  # not known, and not used
+    images = ImageSet(pixels, labels, network.mean, network.std, device=torch.device("cpu"))
+    with torch.inference_mode():
+        batch, _ = images.batch(torch.arange(len(images)))
+        probabilities = network.model(batch).softmax(1)
+    best = probabilities.topk(min(5, len(network.classes)), dim=1)
+    for path, values, indices in zip(options.images, *best, strict=True):
+        print(path)
+        for value, index in zip(values.tolist(), indices.tolist(), strict=True):
+            print(f"  {100 * value:6.2f} %  {network.classes[index]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
