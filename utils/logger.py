@@ -123,16 +123,20 @@ class ProgressBar:
         self.shown = now = time.perf_counter()
         total = now - self.started
         eta = total / step * (self.steps - step)
-        text = (
-            f"({step}/{self.steps}) Data: {sum(times.data[-step:]) / step:.3f}s | "
-            f"Batch: {total / step:.3f}s | Total: {timedelta(seconds=int(total))} | "
-            f"ETA: {timedelta(seconds=int(eta))} | Loss: {metrics.loss:.4f} | "
-            f"top1: {metrics.top1: .4f} | top5: {metrics.top5: .4f}"
-        )
+        parts = [
+            f"Data: {sum(times.data[-step:]) / step:.3f}s",
+            f"Batch: {total / step:.3f}s",
+            f"Total: {timedelta(seconds=int(total))}",
+            f"ETA: {timedelta(seconds=int(eta))}",
+            f"Loss: {metrics.loss:.4f}",
+            f"top1: {metrics.top1: .4f}",
+            f"top5: {metrics.top5: .4f}",
+        ]
+        count = f"({step}/{self.steps})"
         if self.bar:
-            self.bar.draw(step, text)
+            self.bar.draw(step, count, parts)
         else:
-            print(f"{self.title} {text}", flush=True)
+            print(f"{self.title} {count} {' | '.join(parts)}", flush=True)
 
     def finish(self) -> None:
         """End the line."""
@@ -141,11 +145,16 @@ class ProgressBar:
 
 
 class _Line(Bar):
-    """A progress bar that never wraps: the bar shrinks first, then the text is cut."""
+    """A progress bar that never wraps: in a narrow terminal the bar goes first, then the times."""
 
-    def draw(self, index: int, text: str) -> None:
-        columns = shutil.get_terminal_size().columns
-        self.width = max(0, min(24, columns - len(self.message) - len(text) - 6))
+    def draw(self, index: int, count: str, parts: list[str]) -> None:
+        room = shutil.get_terminal_size().columns - len(self.message) - len(count) - 3
+        while len(" | ".join(parts)) > room and len(parts) > 1:
+            parts = parts[1:]
+        text = f"{count} {' | '.join(parts)}"
+        self.width = max(0, min(24, room - len(text) + len(count) - 3))
+        self.bar_prefix, self.bar_suffix = (" |", "| ") if self.width > 3 else (" ", "")
+        self.width = self.width if self.width > 3 else 0
         self.suffix = text.replace("%", "%%")
         self.index = index
         self.update()
