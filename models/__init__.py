@@ -6,6 +6,7 @@ Every module without a leading underscore is imported, and registers its factori
 import importlib
 import pkgutil
 
+from models._dropout import rows_of_batch
 from models._registry import (
     ModelError,
     create_model,
@@ -22,6 +23,7 @@ __all__ = [
     "list_models",
     "model_arguments",
     "register",
+    "rows_of_batch",
 ]
 
 for _module in pkgutil.iter_modules(__path__):

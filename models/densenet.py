@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from models._blocks import conv1x1, conv3x3, initialise
 from models._checkpointing import checkpointed
+from models._dropout import dropout
 from models._registry import ModelError, Shapes, blocks_in, check_depth, check_drop, register
 
 
@@ -35,8 +36,7 @@ class DenseLayer(nn.Module):
         """The input and the new channels behind it."""
         out = self.conv1(functional.relu(self.bn1(x)))
         out = self.conv2(functional.relu(self.bn2(out)))
-        if self.drop > 0:
-            out = functional.dropout(out, self.drop, self.training)
+        out = dropout(out, self.drop, self.training)
         return torch.cat([x, out], 1)
 
 

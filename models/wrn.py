@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from models._blocks import conv1x1, conv3x3, initialise
+from models._dropout import dropout
 from models._registry import ModelError, Shapes, blocks_in, check_depth, check_drop, register
 
 
@@ -36,8 +37,7 @@ class WideBlock(nn.Module):
         active = functional.relu(self.bn1(x))
         shortcut = x if self.convShortcut is None else self.convShortcut(active)
         out = functional.relu(self.bn2(self.conv1(active)))
-        if self.drop > 0:
-            out = functional.dropout(out, self.drop, self.training)
+        out = dropout(out, self.drop, self.training)
         return shortcut + self.conv2(out)
 
 

@@ -8,8 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from tools.arms import ROOT, SCRIPTS, clean_environment, engine_command, has_horovod
+
+torch.set_num_threads(1)  # other tests run beside this process
 
 # In the environment of every process that the tests start, however deep.
 MARK = {"CIFAR_TESTS": str(os.getpid())}

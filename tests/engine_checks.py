@@ -6,6 +6,7 @@ Not a test module: test_engines.py starts it under each engine's real launcher, 
 
 import sys
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import create_model
+from models._dropout import dropout
 from utils import order
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
@@ -77,6 +79,27 @@ def check_sync_batchnorm_is_batchnorm_over_the_global_batch(comm: Comm) -> None:
     _trains_like_one_process(comm, lambda: create_model("resnet", depth=8).double(), sync_bn=True)
 
 
+def check_dropout_masks_are_those_of_the_global_batch(comm: Comm) -> None:
+    """However the batch is cut into shares and passes; no two images have the same mask."""
+    build = partial(create_model, "wrn", depth=10, widen_factor=1, drop=0.3)
+    _trains_like_one_process(comm, lambda: build().double(), sync_bn=True)
+    _trains_like_one_process(comm, lambda: Dropping().double(), sync_bn=False, passes=3)
+
+
+class Dropping(nn.Module):
+    """Pixels, dropout, one linear layer: no batch norm, whose statistics see passes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 32 * 32, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        dropped = dropout(x, 0.3, self.training)
+        zeros = (dropped == 0).flatten(1)
+        assert len({tuple(row.tolist()) for row in zeros}) == len(x)
+        return self.fc(dropped.flatten(1))
+
+
 def check_evaluation_is_exact(comm: Comm) -> None:
     torch.manual_seed(0)
     model = create_model("resnet", depth=8)
@@ -84,7 +107,7 @@ def check_evaluation_is_exact(comm: Comm) -> None:
     mine = evaluate(model, images, 10, "off", comm)
     alone = evaluate(model, images, 10, "off", Serial())
     assert (mine.images, mine.top1, mine.top5) == (101, alone.top1, alone.top5), (mine, alone)
-    assert abs(mine.loss - alone.loss) < 1e-6
+    assert abs(mine.loss - alone.loss) < 1e-14, "an image's logits depend on the worker"
 
 
 def check_a_failure_in_main_first_reaches_the_others(comm: Comm) -> None:
@@ -130,7 +153,7 @@ def _trains_like_one_process(
         step = Step(engine, *engine.wrap(model, optimizer, Exchange(passes=passes)), "off", passes)
         for start in range(0, 3 * batch, batch):
             first, last = order.share(start, start + batch, engine.rank, engine.size)
-            step(*images.batch(torch.arange(first, last)), batch)
+            step(*images.batch(torch.arange(first, last)), batch, seed=3)
         return model
 
     together, alone = train(comm), train(Serial())

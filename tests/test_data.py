@@ -486,7 +486,7 @@ def accuracy(network: nn.Module, rate: float, epochs: int, count: int) -> float:
     mean, std = synthetic.STATISTICS
     sets = [
         ImageSet(*synthetic.generate(10, train, n), mean, std, device=torch.device("cpu"))
-        for train, n in ((True, count), (False, 2000))
+        for train, n in ((True, count), (False, 1000))
     ]
     optimizer = torch.optim.SGD(network.parameters(), rate, momentum=0.9)
     for epoch in range(epochs):
@@ -498,14 +498,14 @@ def accuracy(network: nn.Module, rate: float, epochs: int, count: int) -> float:
             optimizer.step()
     network.eval()
     with torch.no_grad():
-        images, labels = sets[1].batch(torch.arange(2000))
+        images, labels = sets[1].batch(torch.arange(1000))
         return 100 * (network(images).argmax(1) == labels).float().mean().item()
 
 
 def test_synthetic10_needs_more_than_a_linear_classifier_and_a_small_network_is_enough():
     torch.manual_seed(0)
     linear = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
-    assert accuracy(linear, rate=0.002, epochs=5, count=6000) < 60
+    assert accuracy(linear, rate=0.002, epochs=5, count=3000) < 60
 
     def stage(channels_in, channels_out):
         layers = (nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False),

@@ -270,3 +270,27 @@ def test_arguments_arrive_byte_for_byte_and_the_printed_command_does_the_same(
     again = json.loads((tmp_path / "report1").read_text())
     assert again["argv"][2:] == arguments
     assert list(launch.folder.iterdir()) == [], "a hostile argument was executed"
+
+
+def test_horovod_trains_and_a_hostile_environment_stays_data(launch, tmp_path):
+    """horovodrun itself would run what stands in the names."""
+    pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+    hostile = {
+        "BASH_FUNC_module%%": f"() {{ touch {tmp_path}/function; }}",
+        f"X;touch {tmp_path}/name;": "1",
+        f"HOROVOD_$(touch {tmp_path}/substitution)": "1",
+        "CIFAR_VALUE": f"a b;touch {tmp_path}/value;$(touch {tmp_path}/value)'\"",
+    }
+    flags = "--train-size 128 --test-size 64 --epochs 1 --schedule 0".split()
+    target = tmp_path / "run"
+    result = launch(
+        "-m", "alexnet", "-n", "2", "-d", "synthetic10", "-f", "horovod", "--", *flags,
+        "-c", str(target), **hostile,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "2 (Horovod" in result.stdout
+    assert result.stdout.count("Last acc:") == 1
+    assert "<stdout>" not in result.stdout, "horovodrun's tags"
+    assert (target / "checkpoint.pth.tar").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"programs", "here", "run"}
+    assert list(launch.folder.iterdir()) == []

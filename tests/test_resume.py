@@ -9,6 +9,9 @@ import torch
 from tools.arms import ROOT, SCRIPTS, engine_command
 from tools.planted import MISTAKES
 from utils import checkpoint
+from utils.errors import UserError
+from utils.options import parse_args
+from utils.startup import Saved, start_position
 
 COMMON = [
     "-d", "synthetic10", "--train-size", "197", "--test-size", "50", "--train-batch", "32",
@@ -107,19 +110,40 @@ def test_killed_anywhere_and_resumed(train, tmp_path, model, engine, workers, ki
     check(train, tmp_path, model, engine, workers, kill_at)
 
 
-def test_engines_read_each_others_checkpoints(train, tmp_path):
-    """An epoch by one engine, the next by the other, is two epochs by one."""
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("dist", "horovod"), pytest.param("horovod", "dist", marks=pytest.mark.slow)],
+)
+def test_engines_read_each_others_checkpoints(train, tmp_path, first, second):
+    """An epoch by three workers of one engine, the next by two of the other, is two by one."""
     precise = ("--dtype", "float64")
-    alone = tmp_path / "alone"
+    alone, folder = tmp_path / "alone", tmp_path / "relay"
     assert train(alone, "alexnet", "serial", 1, *precise).returncode == 0
-    for first, second in (("dist", "horovod"), ("horovod", "dist")):
-        folder = tmp_path / first
-        assert train(folder, "alexnet", first, 2, *precise, "--epochs", "1").returncode == 0
-        result = train(folder, "alexnet", second, 2, *precise, "--resume", "auto")
-        assert result.returncode == 0, result.stderr
-        weights = [checkpoint.load(f / checkpoint.LATEST)["state_dict"] for f in (alone, folder)]
-        for name, tensor in weights[0].items():
-            assert (tensor - weights[1][name]).abs().max() < 1e-9, (first, name)
+    assert train(folder, "alexnet", first, 3, *precise, "--epochs", "1").returncode == 0
+    result = train(folder, "alexnet", second, 2, *precise, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "3 worker(s) have trained so far, now 2" in result.stdout
+    weights = [checkpoint.load(f / checkpoint.LATEST)["state_dict"] for f in (alone, folder)]
+    for name, tensor in weights[0].items():
+        assert (tensor - weights[1][name]).abs().max() < 1e-9, name
+
+
+@pytest.mark.parametrize(
+    ("before", "after"), [(3, 2), pytest.param(1, 3, marks=pytest.mark.slow)]
+)
+def test_a_run_goes_on_inside_an_epoch_with_other_workers(train, tmp_path, before, after):
+    """Killed after five steps of seven; the rest of the epoch is trained once, as by one."""
+    precise = ("--dtype", "float64")
+    engine = {1: "serial"}
+    alone, folder = tmp_path / "alone", tmp_path / "run"
+    assert train(alone, "alexnet", "serial", 1, *precise).returncode == 0
+    train(folder, "alexnet", engine.get(before, "dist"), before, *precise, kill_at=5)
+    result = train(folder, "alexnet", "dist", after, *precise, "--resume", "auto")
+    assert result.returncode == 0, result.stderr
+    assert "after epoch 0, step 3" in result.stdout
+    weights = [checkpoint.load(f / checkpoint.LATEST)["state_dict"] for f in (alone, folder)]
+    for name, tensor in weights[0].items():
+        assert (tensor - weights[1][name]).abs().max() < 1e-9, name
 
 
 def test_replicas_that_come_apart_are_noticed(run, tmp_path):
@@ -134,12 +158,13 @@ def test_replicas_that_come_apart_are_noticed(run, tmp_path):
     assert "classifier.bias" in line
 
 
-def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(train, tmp_path):
-    folder = tmp_path / "run"
-    train(folder, "alexnet", "serial", 1, kill_at=5)
-    result = train(folder, "alexnet", "serial", 1, "--resume", "auto", "--train-batch", "16")
-    assert result.returncode == 2
-    assert "global batch 32, not 16" in result.stderr
+def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(tmp_path):
+    state = {"epoch": 0, "step": 3, "shape": {"global batch": 32, "seed": 0}}
+    options = parse_args(["--epochs", "2"])
+    saved = Saved(tmp_path / "file", state)
+    assert start_position(options, saved, {"global batch": 32, "seed": 0}).step == 3
+    with pytest.raises(UserError, match="global batch 32, not 16"):
+        start_position(options, saved, {"global batch": 16, "seed": 0})
 
 
 @pytest.mark.slow

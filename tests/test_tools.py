@@ -1,6 +1,7 @@
 """The commands of tools/ on real checkpoints and images."""
 
 import importlib.util
+import json
 import sys
 from collections import OrderedDict
 
@@ -9,7 +10,7 @@ import torch
 from PIL import Image
 
 from models import create_model
-from tools.arms import ROOT
+from tools.arms import ROOT, has_horovod
 from utils import checkpoint, synthetic
 
 
@@ -106,3 +107,22 @@ def test_the_hub_builds_and_loads(run, trained, tmp_path):
     assert count == "1730714"
     weight = checkpoint.load(trained)["state_dict"]["classifier.weight"]
     assert float(total) == pytest.approx(float(weight.sum()))
+
+
+def test_engines_agree_in_every_parameter_after_twenty_steps(run, tmp_path):
+    """The report of --compare: one process, dist and, where it is there, Horovod."""
+    command = [ROOT / "launcher.sh", "--compare", "-m", "alexnet", "-n", "2", "-d", "synthetic10"]
+    flags = "--epochs 1 --train-size 320 --train-batch 16 --test-size 64 --lr 0.01 --dtype float64"
+    result = run([*command, "--", *flags.split()], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "compare" / "compare.json").read_text())["summary"]["engines"]
+    assert set(report) == {"one process", "dist"} | ({"horovod"} if has_horovod() else set())
+    assert has_horovod() or "Horovod is not installed" in result.stdout
+    for engine, numbers in report.items():
+        assert numbers["steps"] == 20
+        assert numbers["workers"] == (1 if engine == "one process" else 2)
+        assert numbers["largest_loss_difference"] < 1e-9
+        assert numbers["largest_parameter_difference"] < 1e-9
+        assert f"{numbers['images_per_second']:,.0f}" in result.stdout
+    assert (tmp_path / "compare" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare"]

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import run
 
 from cifar import TorchComm
+from tools.arms import SCRIPTS, engine_command, has_horovod
 from utils import checkpoint
 from utils.engine import main
 from utils.logger import LOG_COLUMNS
@@ -18,24 +20,39 @@ ROOT = Path(__file__).resolve().parent.parent
 # A run of a few seconds: part of the synthetic data.
 QUICK = "-d synthetic10 --train-size 400 --test-size 101 --train-batch 64 --epochs 2".split()
 
+PRECISE = [*QUICK, "-a", "alexnet", "--lr", "0.01", "--dtype", "float64"]
+
 
 def weights(folder):
     return checkpoint.load(folder / checkpoint.LATEST)["state_dict"]
 
 
-def test_a_run_leaves_the_promised_files_and_every_worker_count_agrees(launch, tmp_path):
-    """Written once, run on every engine: two workers train what one process trains."""
-    common = [*QUICK, "-a", "alexnet", "--lr", "0.01", "--dtype", "float64"]
-    result = launch([*common, "-c", str(tmp_path / "two")], workers=2)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The folder of one process's run, in float64."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    command = engine_command("serial", 1, str(ROOT / "cifar.py"), *PRECISE, "-c", str(folder))
+    result = run(command)
+    assert result.returncode == 0, result.stderr
+    return folder
+
+
+def test_a_run_leaves_the_promised_files_and_trains_what_one_process_trains(
+    launch, engine, alone, tmp_path
+):
+    """Written once, run on every engine."""
+    folder = tmp_path / "run"
+    workers = {"serial": 1, "dist": 3, "horovod": 2}[engine]
+    result = launch([*PRECISE, "-c", str(folder)], workers=workers)
     assert result.returncode == 0, result.stdout + result.stderr
-    folder = tmp_path / "two"
     assert sorted(p.name for p in folder.iterdir()) == [
         "args.json", "checkpoint.pth.tar", "log.png", "log.txt", "metrics.jsonl",
         "model_best.pth.tar",
     ]  # fmt: skip
-    log = read_log(folder / "log.txt")
+    log, log_alone = (read_log(f / "log.txt") for f in (folder, alone))
     assert tuple(log) == LOG_COLUMNS
     assert [len(column) for column in log.values()] == [2] * 5
+    assert log["Valid Acc."] == log_alone["Valid Acc."]
     assert (folder / "log.png").read_bytes().startswith(b"\x89PNG")
     args = json.loads((folder / "args.json").read_text())
     assert args["options"]["arch"] == "alexnet"
@@ -43,39 +60,45 @@ def test_a_run_leaves_the_promised_files_and_every_worker_count_agrees(launch, t
     assert result.stdout.count("Last acc:") == result.stdout.count("Best acc:") == 1
     assert result.stdout.count("Epoch: [1 | 2]") == 1, "rank 0 alone prints"
     assert "64 images per step over all workers" in result.stdout
+    wanted, got = weights(alone), weights(folder)
+    for name, tensor in wanted.items():
+        assert (tensor - got[name]).abs().max() < 1e-9, name
 
 
-def test_one_two_and_three_workers_end_with_the_same_parameters(run_script, tmp_path):
-    common = [*QUICK, "-a", "alexnet", "--lr", "0.01", "--dtype", "float64", "--epochs", "1"]
-    for workers in (None, 2, 3):
-        result = run_script([*common, "-c", str(tmp_path / str(workers))], workers=workers)
+# An epoch of 1,000 images whose last batch, of 104, three workers cannot share evenly.
+EPOCH = (
+    "-d synthetic10 --train-size 1000 --test-size 200 --train-batch 128 --epochs 1 --schedule 1 "
+    "--dtype float64"
+).split()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("network", "tolerance"),
+    [("-a alexnet", 1e-9), ("-a resnet --depth 20 --sync-bn", 1e-7),
+     ("-a wrn --depth 10 --widen-factor 1 --drop 0.3 --sync-bn", 1e-7)],
+)  # fmt: skip
+def test_an_epoch_is_the_same_on_one_to_four_workers_of_either_engine(
+    run, tmp_path, network, tolerance
+):
+    runs = {}
+    arms = [("serial", 1), *((e, n) for e in ("dist", "horovod") for n in (1, 2, 3, 4))]
+    for engine, workers in arms:
+        if engine == "horovod" and not has_horovod():
+            continue
+        folder = tmp_path / f"{engine}{workers}"
+        command = engine_command(engine, workers, str(ROOT / SCRIPTS[engine]))
+        trace = folder / "trace.json"
+        result = run([*command, *EPOCH, *network.split(), "-c", folder, "--trace", trace])
         assert result.returncode == 0, result.stderr
-    alone = weights(tmp_path / "None")
-    for workers in (2, 3):
-        together = weights(tmp_path / str(workers))
-        for name, tensor in alone.items():
-            assert (tensor - together[name]).abs().max() < 1e-9, (workers, name)
-    counts = {tuple(read_log(tmp_path / str(w) / "log.txt")["Valid Acc."]) for w in (None, 2, 3)}
-    assert len(counts) == 1, "evaluation depends on the number of workers"
-
-
-def test_an_interrupted_run_ends_as_the_untouched_one(run_script, tmp_path):
-    """Stopped after an epoch, continued by --resume auto: the same bits."""
-    common = [*QUICK, "-a", "resnet", "--depth", "8", "--schedule", "1"]
-    untouched, resumed = tmp_path / "untouched", tmp_path / "resumed"
-    assert run_script([*common, "-c", str(untouched)]).returncode == 0
-    assert run_script([*common, "-c", str(resumed), "--epochs", "1"]).returncode == 0
-    result = run_script([*common, "-c", str(resumed), "--resume", "auto"])
-    assert result.returncode == 0, result.stderr
-    assert "after epoch 1" in result.stdout
-    one, other = (checkpoint.load(f / checkpoint.LATEST) for f in (untouched, resumed))
-    assert one["state_dict"].keys() == other["state_dict"].keys()
-    for name, tensor in one["state_dict"].items():
-        assert torch.equal(tensor, other["state_dict"][name]), name
-    for index, entry in one["optimizer"]["state"].items():
-        buffer = other["optimizer"]["state"][index]["momentum_buffer"]
-        assert torch.equal(entry["momentum_buffer"], buffer)
-    assert (untouched / "log.txt").read_text() == (resumed / "log.txt").read_text()
+        runs[engine, workers] = weights(folder), json.loads(trace.read_text())["loss"]
+    wanted, losses = runs["serial", 1]
+    for arm, (got, trace) in runs.items():
+        assert len(trace) == 8
+        assert max(abs(a - b) for a, b in zip(losses, trace, strict=True)) < tolerance, arm
+        for name, tensor in wanted.items():
+            assert (tensor - got[name]).abs().max() < tolerance, (arm, name)
 
 
 class TestRunFolder:
@@ -99,12 +122,20 @@ class TestRunFolder:
         assert (folder / checkpoint.LATEST).read_bytes() == before
 
         accuracy = read_log(folder / "log.txt")["Valid Acc."][0]
-        evaluate = ["-e", "--resume", str(folder / checkpoint.LATEST)]
+        evaluate = ["-e", "--per-class", "--resume", str(folder / checkpoint.LATEST)]
+        reports = []
         for workers in (None, 3):
             shown = run_script([*flags, *evaluate], workers=workers)
             assert shown.returncode == 0, shown.stderr
             assert f"Test Acc: {accuracy:.2f}" in shown.stdout
-            assert re.search(r"\(\d+ of 101\)", shown.stdout)
+            assert (folder / "confusion.png").read_bytes().startswith(b"\x89PNG")
+            reports.append(re.findall(r"^.*\(\d+ of \d+\)", shown.stdout, re.M))
+        assert reports[0] == reports[1], "the evaluation depends on the number of workers"
+        *classes, whole = [
+            tuple(map(int, re.search(r"\((\d+) of (\d+)\)", line).groups())) for line in reports[0]
+        ]
+        assert len(classes) == 10
+        assert tuple(map(sum, zip(*classes, strict=True))) == whole == (whole[0], 101)
 
         assert run_script([*flags, "--overwrite"]).returncode == 0
 

@@ -5,6 +5,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 
 import pytest
 import torch
@@ -213,6 +214,14 @@ class TestCheckpoint:
             with pytest.raises(UserError, match="not a readable checkpoint"):
                 checkpoint.load(path)
         assert not marker.exists()
+
+    def test_a_trusted_file_may_hold_more_than_plain_values(self, tmp_path):
+        """Old scripts pickled their options along."""
+        path = tmp_path / "old.pth.tar"
+        torch.save({**self.state(create_model("alexnet")), "args": Namespace(lr=0.1)}, path)
+        with pytest.raises(UserError, match="--trust-checkpoint"):
+            checkpoint.load(path)
+        assert checkpoint.load(path, trust=True)["args"].lr == 0.1
 
     def test_optimizer_state_of_another_network_is_refused(self, tmp_path):
         def trained(model):

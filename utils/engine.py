@@ -121,6 +121,8 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     if options.tensorboard:
         check_tensorboard()
     options.amp = usable_precision(comm, options.amp, say)
+    with torch.device("meta"):
+        build_model(options, classes=10)  # wrong model flags are found before any download
     saved = find_checkpoint(options)
 
     with comm.main_first():  # the others wait until downloads and caches are complete
@@ -284,9 +286,9 @@ def train_one_epoch(
         times.begin()
         batch, labels = images.batch(sequence[first:last], augmentation)
         times.data_ready()
-        torch.manual_seed(order.step_seed(seed, epoch, k, comm.rank))
         set_learning_rate(step.optimizer, rates[k])
-        loss, output = step(batch, labels, stop - start)  # all-reduces the gradients
+        # The step all-reduces the gradients.
+        loss, output = step(batch, labels, stop - start, order.step_seed(seed, epoch, k))
         meter.update(loss, output, labels)
         times.step_done(loss, stop - start)
         if bar.due(k + 1):
@@ -311,15 +313,15 @@ def evaluate(
 ) -> Metrics:
     """Score the model on a whole set, each worker a part of it.
 
-    Worker r takes images r, r + size, ...: nothing is padded or counted twice, so the result
-    belongs to the set and not to the number of workers. Counts into confusion, if given.
+    The batches are the same for any number of workers; worker r computes batches r, r + size, ...
+    Nothing is padded or counted twice, and an image's logits do not depend on who computes them.
+    Counts into confusion, if given.
 
     Raises:
         TrainingError: the workers have not counted every image exactly once.
     """
     model.eval()
-    mine = torch.arange(comm.rank, len(images), comm.size, device=comm.device)
-    parts = mine.split(batch)
+    parts = torch.arange(len(images), device=comm.device).split(batch)[comm.rank :: comm.size]
     meter = Meter(comm.device)
     times = StepTimes()
     bar = ProgressBar("valid", len(parts), comm.is_main)

@@ -65,11 +65,11 @@ def share(start: int, stop: int, rank: int, workers: int) -> tuple[int, int]:
     return start + size * rank // workers, start + size * (rank + 1) // workers
 
 
-def step_seed(seed: int, epoch: int, step: int, rank: int) -> int:
-    """Seed of the random draws inside the network (dropout) for one step on one worker.
+def step_seed(seed: int, epoch: int, step: int) -> int:
+    """Seed of the random draws inside the network (dropout) for one step, on all workers.
 
     Drawn anew for each step, so that a resumed run needs no saved generator state; hashed, so
-    that no two (epoch, step, rank) share a stream.
+    that no two steps share a stream.
     """
-    key = f"{seed}/{epoch}/{step}/{rank}".encode()
+    key = f"{seed}/{epoch}/{step}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1

@@ -1,10 +1,13 @@
 """One optimisation step, behind one call: forward, loss, backward with all-reduce, update."""
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from models import rows_of_batch
 from utils import order
 from utils.comm import Comm
 from utils.precision import at_least_float32, autocast
@@ -30,12 +33,15 @@ class Step:
         self.amp = amp
         self.passes = passes
 
-    def __call__(self, images: Tensor, labels: Tensor, global_batch: int) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self, images: Tensor, labels: Tensor, global_batch: int, seed: int
+    ) -> tuple[Tensor, Tensor]:
         """Train on this worker's share of a batch of global_batch images.
 
         The engines average gradients over the workers. Each worker's loss is its sum divided by
         the mean share (global_batch / workers), not by its own: the average is then the exact
-        mean over the global batch, also when shares differ by an image.
+        mean over the global batch, also when shares differ by an image. The seed, the same on all
+        workers, is of the dropout masks, which are the global batch's too.
 
         Returns:
             The loss summed over the share, and its (B, classes) logits.
@@ -43,13 +49,16 @@ class Step:
         self.optimizer.zero_grad()
         cuts = [order.share(0, len(images), k, self.passes) for k in range(self.passes)]
         scale = self.comm.size / global_batch
+        start, _ = order.share(0, global_batch, self.comm.rank, self.comm.size)
         results = []
-        for first, last in cuts[:-1]:
-            with self.comm.accumulating(self.model):  # no communication
+        for k, (first, last) in enumerate(cuts):
+            # The last backward averages the gradients over the workers: all-reduce, overlapped
+            # with it. Those before it communicate nothing.
+            waiting = k < len(cuts) - 1
+            exchange = self.comm.accumulating(self.model) if waiting else nullcontext()
+            torch.manual_seed(seed)
+            with exchange, rows_of_batch(start + first, global_batch):
                 results.append(self._backward(images[first:last], labels[first:last], scale))
-        first, last = cuts[-1]
-        # Backward averages the gradients over the workers: all-reduce, overlapped with it.
-        results.append(self._backward(images[first:last], labels[first:last], scale))
         self.optimizer.step()
         losses, outputs = zip(*results, strict=True)
         return torch.stack(losses).sum(), torch.cat(outputs)
