@@ -128,9 +128,7 @@ def test_engines_read_each_others_checkpoints(train, tmp_path, first, second):
         assert (tensor - weights[1][name]).abs().max() < 1e-9, name
 
 
-@pytest.mark.parametrize(
-    ("before", "after"), [(3, 2), pytest.param(1, 3, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize(("before", "after"), [(3, 2), pytest.param(1, 3, marks=pytest.mark.slow)])
 def test_a_run_goes_on_inside_an_epoch_with_other_workers(train, tmp_path, before, after):
     """Killed after five steps of seven; the rest of the epoch is trained once, as by one."""
     precise = ("--dtype", "float64")

@@ -11,9 +11,11 @@ projects have made into the runs that are checked, and must make a check fail.
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +33,18 @@ COMMON = [
     "--epochs", "2", "--schedule", "1", "--dtype", "float64", "--overwrite",
 ]  # fmt: skip
 ALEXNET = [*COMMON, "-a", "alexnet", "--lr", "0.05"]
-RESNET = [*COMMON, "-a", "resnet", "--depth", "8", "--sync-bn"]
+SYNCED = [
+    *COMMON,
+    "-a",
+    "wrn",
+    "--depth",
+    "10",
+    "--widen-factor",
+    "1",
+    "--drop",
+    "0.3",
+    "--sync-bn",
+]
 
 
 @dataclass
@@ -72,23 +85,25 @@ class Runner:
         )
         return folder
 
-    def reference(self, flags: list[str], engine: str = "serial", workers: int = 1) -> Run:
-        """A run without any mistake, to compare with."""
-        return self.result(self.run(flags, engine, workers, "none"))
+    def reference(self, flags: list[str]) -> Run:
+        """One process without any mistake, to compare with."""
+        return self.result(self.run(flags, "serial", 1, "none"))
 
     def checked(self, flags: list[str], engine: str, workers: int) -> Run:
         """A run that is checked: with the mistake, if one is planted."""
         return self.result(self.run(flags, engine, workers, self.mistake))
 
-    def resumed(
-        self, flags: list[str], first: tuple[str, int], then: tuple[str, int], kill_at: int
-    ) -> Run:
-        """A run that is killed after some steps and goes on, with as many workers or others."""
-        flags = [*flags, "--save-every", "2"]
-        folder = self.run(flags, *first, f"kill-{kill_at}")
+    def killed(self, flags: list[str], engine: str, workers: int, step: int) -> Path:
+        """The folder of a run that has been killed after some steps; it saves every second."""
+        return self.run([*flags, "--save-every", "2"], engine, workers, f"kill-{step}")
+
+    def resumed(self, killed: Path, flags: list[str], engine: str, workers: int) -> Run:
+        """A killed run that goes on, with as many workers or others; its folder stays."""
+        folder = self.folder / f"resumed-{self.count}"
+        shutil.copytree(killed, folder)
         flags = [flag for flag in flags if flag != "--overwrite"]
-        self.run([*flags, "--resume", "auto"], *then, self.mistake, into=folder)
-        return self.result(folder)
+        more = ["--save-every", "2", "--resume", "auto"]
+        return self.result(self.run([*flags, *more], engine, workers, self.mistake, into=folder))
 
     def result(self, folder: Path) -> Run:
         """Read what a run has left.
@@ -134,51 +149,63 @@ def _momentum(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return {f"momentum of parameter {i}": entry["momentum_buffer"] for i, entry in entries}
 
 
-def verify(runner: Runner) -> bool:
-    """Run all checks, print a line each; True if all hold."""
+def verify(runner: Runner) -> list[str]:
+    """Run all checks, print a line each; returns the names of those that fail."""
     engines = ["dist", "horovod"] if has_horovod() else ["dist"]
     if len(engines) == 1:
         print("note: Horovod is not installed (./setup.sh --horovod): its checks are left out")
     alone = runner.reference(ALEXNET)
-    synced = runner.reference(RESNET)
-    good = True
+    synced = runner.reference(SYNCED)
+    killed_alone = runner.killed(ALEXNET, "serial", 1, step=3)
+    caught: list[str] = []
 
-    def check(name: str, tolerance: float, reference: Run, run: Any) -> None:
-        nonlocal good
+    def check(name: str, tolerance: float, reference: Run | None, run: Callable[[], Run]) -> Any:
+        done = None
         try:
-            holds, words = compare(reference, run(), tolerance)
+            if reference is None:
+                raise RuntimeError("the run to compare with has failed")
+            done = run()
+            holds, words = compare(reference, done, tolerance)
         except RuntimeError as error:
             holds, words = False, str(error)
-        good = good and holds
+        if not holds:
+            caught.append(name)
         print(f"{'ok  ' if holds else 'FAIL'}  {name}: {words} (allowed {tolerance:g})", flush=True)
+        return done
 
     for engine in engines:
-        for workers in (2, 3):
-            check(
-                f"{engine}, {workers} workers train as one",
-                1e-9,
-                alone,
-                partial(runner.checked, ALEXNET, engine, workers),
-            )
+        two = check(
+            f"{engine}, 2 workers train as one",
+            1e-9,
+            alone,
+            partial(runner.checked, ALEXNET, engine, 2),
+        )
         check(
-            f"{engine}, 2 workers with --sync-bn train as one",
+            f"{engine}, 3 workers train as one",
+            1e-9,
+            alone,
+            partial(runner.checked, ALEXNET, engine, 3),
+        )
+        check(
+            f"{engine}, 2 workers with --sync-bn and dropout train as one",
             1e-7,
             synced,
-            partial(runner.checked, RESNET, engine, 2),
+            partial(runner.checked, SYNCED, engine, 2),
         )
+        killed = runner.killed(ALEXNET, engine, 2, step=7)
         check(
             f"{engine}, killed and resumed equals untouched",
             0.0,
-            runner.reference([*ALEXNET, "--save-every", "2"], engine, 2),
-            partial(runner.resumed, ALEXNET, (engine, 2), (engine, 2), kill_at=7),
+            two,
+            partial(runner.resumed, killed, ALEXNET, engine, 2),
         )
         check(
             f"{engine}, killed with 1 worker, resumed with 2, equals 1",
             1e-9,
             alone,
-            partial(runner.resumed, ALEXNET, ("serial", 1), (engine, 2), kill_at=3),
+            partial(runner.resumed, killed_alone, ALEXNET, engine, 2),
         )
-    return good
+    return caught
 
 
 def main() -> int:
@@ -188,9 +215,10 @@ def main() -> int:
                         help=f"plant one of {', '.join(sorted(MISTAKES))}")  # fmt: skip
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        good = verify(Runner(Path(folder), options.plant))
-    print("all checks hold" if good else "a check has failed")
-    return 0 if good else FAILED
+        caught = verify(Runner(Path(folder), options.plant))
+    planted = "" if options.plant == "none" else f"; planted: {options.plant}"
+    print(f"failed: {'; '.join(caught)}{planted}" if caught else f"all checks hold{planted}")
+    return FAILED if caught else 0
 
 
 if __name__ == "__main__":
