@@ -37,6 +37,8 @@ class HorovodComm(Comm):
     Without horovodrun it is one worker of one.
     """
 
+    sends_any_layout = False
+
     def __init__(self) -> None:
         hvd.init()
         if hvd.rank() == 0 and "CIFAR_TERMINAL" in os.environ:

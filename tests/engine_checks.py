@@ -24,6 +24,7 @@ from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
 from utils.engine import evaluate, leave
 from utils.errors import PeerFailed, UserError
+from utils.memory_format import lay_out
 from utils.optim import build_optimizer
 from utils.step import Step
 from utils.sync_batchnorm import convert_sync_batchnorm
@@ -100,6 +101,13 @@ class Dropping(nn.Module):
         return self.fc(dropped.flatten(1))
 
 
+def check_channels_last_changes_nothing_but_rounding(comm: Comm) -> None:
+    build = partial(create_model, "resnet", depth=8)
+    _trains_like_one_process(
+        comm, lambda: build().double(), sync_bn=True, memory_format="channels_last"
+    )
+
+
 def check_evaluation_is_exact(comm: Comm) -> None:
     torch.manual_seed(0)
     model = create_model("resnet", depth=8)
@@ -138,7 +146,11 @@ def _images(count: int, dtype: torch.dtype = torch.float32) -> ImageSet:
 
 
 def _trains_like_one_process(
-    comm: Comm, build: Callable[[], nn.Module], sync_bn: bool, passes: int = 1
+    comm: Comm,
+    build: Callable[[], nn.Module],
+    sync_bn: bool,
+    passes: int = 1,
+    memory_format: str = "contiguous",
 ) -> None:
     """Three steps on shares of a batch that no worker count divides, against the whole batch."""
     batch = 13
@@ -147,6 +159,7 @@ def _trains_like_one_process(
     def train(engine: Comm) -> nn.Module:
         torch.manual_seed(2)
         model = build()
+        lay_out(model, [images], memory_format if engine is comm else "contiguous", engine)
         if sync_bn and engine is comm:
             convert_sync_batchnorm(model, engine)
         optimizer = build_optimizer(model, 0.05, 0.9, 5e-4, False)

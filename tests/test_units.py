@@ -1,5 +1,6 @@
 """Pieces of the program that need no training run."""
 
+import copy
 import json
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from models import create_model
-from utils import checkpoint
+from utils import checkpoint, memory_format
 from utils.comm import Comm, Exchange
 from utils.errors import UserError
 from utils.logger import LOG_COLUMNS, RunLog
@@ -20,6 +21,7 @@ from utils.metrics import Meter, Metrics
 from utils.optim import Schedule, build_optimizer, scaled_rate
 from utils.options import build_parser, parse_args, warnings
 from utils.plot import draw, read_log
+from utils.startup import Saved, memory_format_for
 
 
 class TestOptions:
@@ -106,7 +108,7 @@ FLAGS = {
     "--sync-bn", "--manualSeed", "--seed", "--compression", "--backward-passes-per-step",
     "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
     "--overwrite", "-e", "--evaluate", "--per-class", "--trust-checkpoint",
-    "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
+    "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--memory-format", "--dtype",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip
 
@@ -290,3 +292,57 @@ def test_the_serial_engine_refuses_adasum():
     model = nn.Linear(1, 1)
     with pytest.raises(UserError, match="Horovod"):
         Comm().wrap(model, build_optimizer(model, 0.1, 0, 0, False), Exchange(adasum=True))
+
+
+class TestMemoryFormat:
+    def test_is_tried_once_and_remembered(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        model = create_model("resnet", depth=8)
+        before = copy.deepcopy(model.state_dict())
+        state = torch.get_rng_state()
+        first = memory_format.choose("resnet-8", model, 10**6, "off", Comm())
+        assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+        assert torch.equal(torch.get_rng_state(), state)
+        (answers,) = tmp_path.rglob("memory-format.json")
+        (key,) = json.loads(answers.read_text())
+        assert key.startswith("resnet-8 | torch.float32")
+        monkeypatch.setattr(memory_format, "_try", lambda *_: pytest.fail("tried again"))
+        assert memory_format.choose("resnet-8", model, 10**6, "off", Comm()) == first
+
+    def test_a_damaged_memory_or_none_is_no_obstacle(self, tmp_path, monkeypatch):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+        model = create_model("alexnet")
+        path = tmp_path / "cifar-allreduce" / "memory-format.json"
+        path.parent.mkdir()
+        path.write_text("[1, 2")
+        assert memory_format.choose("alexnet", model, 10**6, "off", Comm()) in memory_format.FORMATS
+        assert len(json.loads(path.read_text())) == 1
+        monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+        assert memory_format.choose("alexnet", model, 10**6, "off", Comm()) in memory_format.FORMATS
+
+    @pytest.mark.parametrize(
+        ("line", "saved", "wanted"),
+        [
+            ("--memory-format channels_last", "contiguous", "channels_last"),
+            ("--epochs 300", "channels_last", "channels_last"),
+            ("--epochs 300 --deterministic", None, "contiguous"),
+            ("--epochs 1", None, "contiguous"),  # 1,000 images are not worth a trial
+        ],
+    )
+    def test_the_command_line_and_the_checkpoint_come_first(self, line, saved, wanted, tmp_path):
+        options = parse_args(["-a", "alexnet", *line.split()])
+        file = Saved(tmp_path / "file", {"memory_format": saved}) if saved else None
+        model = create_model("alexnet")
+        assert memory_format_for(model, options, file, 1000, Comm()) == wanted
+
+    def test_momentum_is_laid_out_like_its_parameter(self, tmp_path):
+        model = nn.Conv2d(3, 4, 3)
+        optimizer = build_optimizer(model, 0.1, 0.9, 0, False)
+        model(torch.ones(1, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        other = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
+        fresh = build_optimizer(other, 0.1, 0.9, 0, False)
+        checkpoint.load_optimizer(fresh, {"optimizer": optimizer.state_dict()}, tmp_path)
+        momentum = fresh.state[other.weight]["momentum_buffer"]
+        assert momentum.stride() == other.weight.stride()
+        assert torch.equal(momentum, optimizer.state[model.weight]["momentum_buffer"])

@@ -15,6 +15,9 @@ from torch import Tensor
 class ImageSet:
     """A labelled set of images in the memory of one device.
 
+    Attributes:
+        memory_format: of the batches; set it to change it.
+
     Args:
         images: (N, H, W, 3) uint8.
         labels: (N,) int64.
@@ -50,6 +53,7 @@ class ImageSet:
             (count, 2 * pad + 1, 2 * pad + 1, 3, height, width),
             (per_image, per_row, per_pixel, per_plane, per_row, per_pixel),
         )
+        self.memory_format = torch.contiguous_format
         self.labels = torch.from_numpy(labels).to(device)
         # (pixel / 255 - mean) / std as one multiplication and one addition
         mean64, std64 = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (mean, std))
@@ -76,5 +80,6 @@ class ImageSet:
             top, left, flip = augmentation[index].unbind(1)
             crops = self.windows[index, top, left]
             crops = torch.where(flip.view(-1, 1, 1, 1) > 0, crops.flip(3), crops)
-        images = crops.to(self.scale.dtype).mul_(self.scale).add_(self.shift)
+        images = crops.to(self.scale.dtype, memory_format=self.memory_format)
+        images.mul_(self.scale).add_(self.shift)
         return images, self.labels[index]

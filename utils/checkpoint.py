@@ -63,7 +63,7 @@ class Saver:
             "acc": position.acc,
             "best_acc": position.best_acc,
             "best_epoch": position.best_epoch,
-            "state_dict": self.model.state_dict(),
+            "state_dict": {k: v.contiguous() for k, v in self.model.state_dict().items()},
             "optimizer": self.optimizer.state_dict(),
         }
         save(self.folder, state, is_best)
@@ -197,4 +197,9 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> b
         )
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
+    for parameter, entry in optimizer.state.items():
+        for name, value in entry.items():
+            if isinstance(value, Tensor) and value.dim():
+                # The update is fastest where momentum and parameter have the same strides.
+                entry[name] = torch.empty_like(parameter).copy_(value)
     return True

@@ -39,6 +39,7 @@ class Comm:
         local_rank, local_size: the same among the workers of this node.
         device: where this worker computes.
         name: of the engine and its transport, for the start-up lines.
+        sends_any_layout: False where gradients must be contiguous to be exchanged.
     """
 
     name = "serial"
@@ -46,6 +47,7 @@ class Comm:
     size = 1
     local_rank = 0
     local_size = 1
+    sends_any_layout = True
     device: torch.device
 
     def __init__(self) -> None:

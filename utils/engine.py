@@ -34,6 +34,7 @@ from utils.errors import (
     UserError,
 )
 from utils.logger import ProgressBar, RunLog, check_tensorboard
+from utils.memory_format import lay_out
 from utils.metrics import Meter, Metrics
 from utils.optim import Schedule, build_optimizer, scaled_rate, set_learning_rate
 from utils.options import model_arguments_of, parse_args, warnings
@@ -52,6 +53,7 @@ from utils.startup import (
     find_checkpoint,
     global_batch,
     make_reproducible,
+    memory_format_for,
     run_folder,
     select_gpus,
     start_lines,
@@ -142,6 +144,8 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     batch = global_batch(options, comm.size, len(train_set))
 
     model = build_model(options, len(data.classes)).to(comm.device, train_set.scale.dtype)
+    memory_format = memory_format_for(model, options, saved, len(train_set), comm)
+    lay_out(model, (train_set, valid_set, test_set), memory_format, comm)
     if options.sync_bn:
         convert_sync_batchnorm(model, comm)
     if saved:
@@ -183,13 +187,16 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         "classes": list(data.classes),
         "mean": list(data.mean),
         "std": list(data.std),
+        "memory_format": memory_format,
         "shape": shape,
         "options": vars(options),
     }
     saver = checkpoint.Saver(folder, comm, model, optimizer, about)
     log = RunLog(folder if comm.is_main else None, position.epoch, options.tensorboard)
 
-    for line in start_lines(comm, options, model, data, len(train_set), batch, rate, folder):
+    for line in start_lines(
+        comm, options, model, data, len(train_set), batch, rate, memory_format, folder
+    ):
         say(line)
     for line in warnings(options):
         say(f"warning: {line}")

@@ -325,6 +325,10 @@ def _add_hardware_flags(group: argparse._ArgumentGroup) -> None:
         "--amp", choices=("off", "bf16"), default="off", help="mixed precision by autocast"
     )
     group.add_argument(
+        "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto",
+        help="of activations; auto tries on the CPU which is faster, once per machine and model",
+    )  # fmt: skip
+    group.add_argument(
         "--dtype", choices=("float32", "float64"), default="float32",
         help="of parameters and images; float64 is for proofs",
     )  # fmt: skip

@@ -20,6 +20,7 @@ from utils.comm import Comm
 from utils.data import Dataset
 from utils.errors import UserError
 from utils.files import check_writable, clear_leftovers
+from utils.memory_format import FORMATS, choose
 from utils.options import MODEL_FLAGS, model_arguments_of
 from utils.position import Position
 from utils.precision import cpu_runs_bf16
@@ -111,6 +112,20 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
     except ModelError as error:
         flag = MODEL_FLAGS.get(error.argument, f"--{error.argument}")
         raise UserError(f"-a {options.arch} {flag} {error.value}: {error.why}") from error
+
+
+def memory_format_for(
+    model: nn.Module, options: argparse.Namespace, saved: Saved | None, images: int, comm: Comm
+) -> str:
+    """The memory format to use: that of --memory-format, of the checkpoint, or the faster one."""
+    if options.memory_format != "auto":
+        return options.memory_format
+    if saved and saved.state.get("memory_format") in FORMATS:
+        return saved.state["memory_format"]  # the same rounding as before the interruption
+    if options.evaluate or options.deterministic:
+        return "contiguous"
+    name = run_name(options.arch, model_arguments_of(options))
+    return choose(name, model, images * options.epochs, options.amp, comm)
 
 
 def build_sets(
@@ -295,6 +310,7 @@ def start_lines(
     images: int,
     batch: int,
     rate: float,
+    memory_format: str,
     folder: Path,
 ) -> list[str]:
     """The block that a run prints first."""
@@ -311,7 +327,7 @@ def start_lines(
         f"{len(data.classes)} classes"
         + (f", {options.val_split:,} to validate" if options.val_split else ""),
         f"workers    {comm.size} ({comm.name}), each with {torch.get_num_threads()} CPU threads",
-        f"device     {device}, {options.dtype}, amp {options.amp}",
+        f"device     {device}, {options.dtype}, amp {options.amp}, {memory_format}",
         f"batch      {batch} images per step over all workers, {shares} per worker",
         f"rate       {rate:g} (--lr {options.lr:g}, scaling {options.lr_scaling}), "
         f"times {options.gamma:g} at {' '.join(map(str, options.schedule))}",
