@@ -218,3 +218,20 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_saves_nothing(run_script, t
     assert result.returncode != 0
     assert "learning rate" in result.stderr
     assert not (tmp_path / "run" / checkpoint.LATEST).exists()
+
+
+def test_an_estimate_starts_nothing_and_counts_what_is_known(run_script, tmp_path):
+    """The first block of ResNet-20 alone keeps 16 planes of an image several times."""
+    folder = tmp_path / "run"
+    flags = "-d synthetic10 --train-size 400 --test-size 100 --train-batch 64 --epochs 90".split()
+    result = run_script(
+        [*flags, "-a", "resnet", "--depth", "20", "--estimate", "-c", folder], workers=2
+    )
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(maxsplit=1) for line in result.stdout.splitlines())
+    assert list(lines) == ["parameters", "activations", "memory", "speed", "time"]
+    assert lines["parameters"].startswith("272,474: 1.0 MiB")
+    assert "for 32 of 64 images" in lines["activations"]
+    assert 1 < float(re.search(r"\(([\d.]+) MiB an image", lines["activations"])[1]) < 3
+    assert "90 epochs" in lines["time"]
+    assert not folder.exists()

@@ -107,7 +107,7 @@ FLAGS = {
     "--gamma", "--warmup-steps", "--warmup", "--momentum", "--nesterov", "--wd", "--weight-decay",
     "--sync-bn", "--manualSeed", "--seed", "--compression", "--backward-passes-per-step",
     "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
-    "--overwrite", "-e", "--evaluate", "--per-class", "--trust-checkpoint",
+    "--overwrite", "-e", "--evaluate", "--per-class", "--estimate", "--trust-checkpoint",
     "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--memory-format", "--dtype",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip

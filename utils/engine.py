@@ -33,6 +33,7 @@ from utils.errors import (
     TrainingError,
     UserError,
 )
+from utils.estimate import estimate
 from utils.logger import ProgressBar, RunLog, check_tensorboard
 from utils.memory_format import lay_out
 from utils.metrics import Meter, Metrics
@@ -157,6 +158,11 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         confusion = Confusion(len(data.classes), comm.device) if options.per_class else None
         result = evaluate_on(test_set, model, comm, options, confusion)
         report_evaluation(result, saved, confusion, data.classes, comm)
+        return
+
+    if options.estimate:
+        lines = estimate(model, train_set, len(valid_set), batch, options.epochs, options.amp, comm)
+        say("\n".join(lines))
         return
 
     shape = epoch_shape(options, batch, len(train_set))

@@ -305,6 +305,10 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         help="with --evaluate: accuracy of each class, and confusion.png beside the checkpoint",
     )  # fmt: skip
     group.add_argument(
+        "--estimate", action="store_true",
+        help="print parameters, memory and time that the run will need; start nothing",
+    )  # fmt: skip
+    group.add_argument(
         "--trust-checkpoint", action="store_true",
         help="read a --resume file even if that runs code in it; for files that you know",
     )  # fmt: skip
