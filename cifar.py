@@ -56,6 +56,7 @@ class TorchComm(Comm):
         if self.launched:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             self.name = f"DistributedDataParallel, {backend}"
+            self.graph_warm_up = 11  # its documentation asks for 11, and for a side stream below
             dist.init_process_group(backend)
             self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -69,12 +70,14 @@ class TorchComm(Comm):
         model, optimizer = super().wrap(model, optimizer, exchange)
         if not self.launched:
             return model, optimizer
-        wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters
-            model,
-            device_ids=[self.local_rank] if self.device.type == "cuda" else None,
-            gradient_as_bucket_view=True,
-            **NO_BUFFER_BROADCAST,
-        )
+        on_gpu = self.device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
+            wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters
+                model,
+                device_ids=[self.local_rank] if on_gpu else None,
+                gradient_as_bucket_view=True,
+                **NO_BUFFER_BROADCAST,
+            )
         if exchange.compression == "fp16":
             wrapped.register_comm_hook(None, fp16_compress_hook)
         return wrapped, optimizer

@@ -37,6 +37,7 @@ class HorovodComm(Comm):
     Without horovodrun it is one worker of one.
     """
 
+    graph_warm_up = 0
     sends_any_layout = False
 
     def __init__(self) -> None:

@@ -108,7 +108,8 @@ FLAGS = {
     "--sync-bn", "--manualSeed", "--seed", "--compression", "--backward-passes-per-step",
     "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
     "--overwrite", "-e", "--evaluate", "--per-class", "--estimate", "--trust-checkpoint",
-    "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--memory-format", "--dtype",
+    "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
+    "--memory-format", "--graph", "--tf32", "--compile",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip
 

@@ -64,9 +64,15 @@ class Saver:
             "best_acc": position.best_acc,
             "best_epoch": position.best_epoch,
             "state_dict": {k: v.contiguous() for k, v in self.model.state_dict().items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": _with_plain_rate(self.optimizer.state_dict()),
         }
         save(self.folder, state, is_best)
+
+
+def _with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
+    """The optimizer's state with the learning rate as a number, wherever it was in a tensor."""
+    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    return {**state, "param_groups": groups}
 
 
 def save(folder: Path, state: dict[str, Any], is_best: bool) -> None:

@@ -39,6 +39,7 @@ class Comm:
         local_rank, local_size: the same among the workers of this node.
         device: where this worker computes.
         name: of the engine and its transport, for the start-up lines.
+        graph_warm_up: steps to train before a CUDA graph of one; 0 where that cannot be captured.
         sends_any_layout: False where gradients must be contiguous to be exchanged.
     """
 
@@ -47,6 +48,7 @@ class Comm:
     size = 1
     local_rank = 0
     local_size = 1
+    graph_warm_up = 3
     sends_any_layout = True
     device: torch.device
 

@@ -34,6 +34,7 @@ from utils.errors import (
     UserError,
 )
 from utils.estimate import estimate
+from utils.graph import CudaRecorder, StepGraph, wants_graph
 from utils.logger import ProgressBar, RunLog, check_tensorboard
 from utils.memory_format import lay_out
 from utils.metrics import Meter, Metrics
@@ -49,7 +50,9 @@ from utils.startup import (
     Saved,
     build_model,
     build_sets,
+    choose_tf32,
     claim_folder,
+    compile_blocks,
     epoch_shape,
     find_checkpoint,
     global_batch,
@@ -121,6 +124,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     """Train, or evaluate a checkpoint, as the options say."""
     say = print if comm.is_main else _say_nothing
     make_reproducible(options.seed, options.deterministic)
+    choose_tf32(options.tf32)
     if options.tensorboard:
         check_tensorboard()
     options.amp = usable_precision(comm, options.amp, say)
@@ -169,10 +173,17 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     position = start_position(options, saved, shape)
     rate = scaled_rate(options.lr, batch, options.lr_scaling)
     schedule = Schedule(rate, options.schedule, options.gamma, options.warmup_steps, options.warmup)
-    optimizer = build_optimizer(
-        model, rate, options.momentum, options.weight_decay, options.nesterov
-    )
+    if options.compile:
+        compile_blocks(model)
     passes = options.backward_passes_per_step
+    graphed, why_not = wants_graph(options.graph, comm, passes)
+    optimizer = build_optimizer(
+        model,
+        torch.tensor(rate, device=comm.device) if graphed else rate,
+        options.momentum,
+        options.weight_decay,
+        options.nesterov,
+    )
     wrapped = model
     if not options.no_exchange:
         # From here on backward averages the gradients over the workers.
@@ -206,14 +217,24 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         say(line)
     for line in warnings(options):
         say(f"warning: {line}")
+    if why_not:
+        say(f"warning: --graph on: {why_not}; training without")
     for line in start_text(options, saved, position, comm.size):
         say(line)
 
     bounds = order.batches(len(train_set), batch, comm.size * passes)
     times = StepTimes(keep=options.trace is not None)
     step = Step(comm, wrapped, optimizer, options.amp, passes)
+    meter = Meter(comm.device)
+    graph = None
+    if graphed:
+        first, last = order.share(*bounds[0], comm.rank, comm.size)
+        recorder = CudaRecorder(comm.device)
+        graph = StepGraph(
+            step, train_set, meter, last - first, bounds[0][1], comm.graph_warm_up, recorder, say
+        )
 
-    def after_step(done: int, meter: Meter) -> None:
+    def after_step(done: int) -> None:
         """What happens inside an epoch, on every rank, after ``done`` steps of it."""
         if options.check_replicas and done % options.check_replicas == 0:
             check_replicas(comm, model)
@@ -227,7 +248,17 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         rates = [schedule.learning_rate(epoch, k, len(bounds)) for k in range(len(bounds))]
         say(f"\nEpoch: [{epoch + 1} | {options.epochs}] LR: {rates[-1]:.6f}")
         train = train_one_epoch(
-            step, train_set, bounds, rates, position, options.seed, comm, times, after_step
+            step,
+            graph,
+            meter,
+            train_set,
+            bounds,
+            rates,
+            position,
+            options.seed,
+            comm,
+            times,
+            after_step,
         )
         train_seconds = time.perf_counter() - started
         if not math.isfinite(train.loss):
@@ -260,53 +291,59 @@ def _say_nothing(*_: object) -> None:
 
 def train_one_epoch(
     step: Step,
+    graph: StepGraph | None,
+    meter: Meter,
     images: ImageSet,
     bounds: list[tuple[int, int]],
     rates: list[float],
     position: Position,
-    seed: int,
+    seed_of_run: int,
     comm: Comm,
     times: StepTimes,
-    after_step: Callable[[int, Meter], None],
+    after_step: Callable[[int], None],
 ) -> Metrics:
     """Train one epoch, or the rest of one, on this worker's share of each batch.
 
     Args:
         step: the optimisation step.
+        graph: does the same for steps of its size, if given.
+        meter: adds up loss and accuracy.
         images: the whole training set.
         bounds: the global batches as positions in the epoch's permutation.
         rates: the learning rate of each step.
         position: the epoch, the steps of it that are done, and the meter's sums over them.
-        seed: of order, augmentation and dropout.
+        seed_of_run: of order, augmentation and dropout.
         comm: the engine.
         times: gets the seconds of each step.
-        after_step: called with the number of steps done and the meter.
+        after_step: called with the number of steps done.
 
     Returns:
         Means over all images that all workers trained on.
     """
     step.model.train()
     epoch = position.epoch
-    sequence = _to(order.permutation(len(images), seed, epoch), comm.device)
-    augmentation = _to(order.crops_and_flips(len(images), seed, epoch, PAD), comm.device)
-    meter = Meter(comm.device)
-    if comm.is_main:
-        meter.start_from(position.sums)
+    sequence = _to(order.permutation(len(images), seed_of_run, epoch), comm.device)
+    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), comm.device)
+    meter.start_from(position.sums if comm.is_main else [0.0] * 4)
     bar = ProgressBar("train", len(bounds), comm.is_main)
     for k in range(position.step, len(bounds)):
         start, stop = bounds[k]
         first, last = order.share(start, stop, comm.rank, comm.size)
-        times.begin()
-        batch, labels = images.batch(sequence[first:last], augmentation)
-        times.data_ready()
+        index, seed = sequence[first:last], order.step_seed(seed_of_run, epoch, k)
         set_learning_rate(step.optimizer, rates[k])
-        # The step all-reduces the gradients.
-        loss, output = step(batch, labels, stop - start, order.step_seed(seed, epoch, k))
-        meter.update(loss, output, labels)
+        times.begin()
+        if graph and graph.takes(len(index), stop - start):
+            times.data_ready()
+            loss = graph(index, augmentation, seed)
+        else:
+            batch, labels = images.batch(index, augmentation)
+            times.data_ready()
+            loss, output = step(batch, labels, stop - start, seed)  # all-reduces the gradients
+            meter.update(loss, output, labels)
         times.step_done(loss, stop - start)
         if bar.due(k + 1):
             bar.show(k + 1, meter.local(), times)
-        after_step(k + 1, meter)
+        after_step(k + 1)
     bar.finish()
     return meter.reduced(comm)  # one sum over the workers
 

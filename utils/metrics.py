@@ -22,7 +22,11 @@ class Metrics(NamedTuple):
 
 
 class Meter:
-    """Running sums of loss, correct answers and images on one worker."""
+    """Running sums of loss, correct answers and images on one worker.
+
+    Attributes:
+        sums: they stay in the same memory, which a CUDA graph counts on.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
@@ -42,7 +46,7 @@ class Meter:
 
     def start_from(self, sums: list[float]) -> None:
         """Go on from sums that ``collapse`` has returned; on one worker only."""
-        self.sums = torch.tensor(sums, dtype=torch.float64, device=self.sums.device)
+        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
 
     def collapse(self, comm: Comm) -> list[float]:
         """Move all workers' sums to rank 0 and return them: one sum over the workers.
@@ -50,7 +54,7 @@ class Meter:
         A run that goes on from these numbers then adds in the same order as this one.
         """
         total = comm.sum_(self.sums.clone())
-        self.sums = total if comm.is_main else torch.zeros_like(total)
+        self.sums.copy_(total if comm.is_main else torch.zeros_like(total))
         return total.tolist()
 
     def local(self) -> Metrics:

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 # The batch that the recipes' learning rates were chosen for; --lr-scaling is relative to it.
@@ -47,11 +47,12 @@ def scaled_rate(rate: float, batch: int, scaling: str) -> float:
 
 
 def build_optimizer(
-    model: nn.Module, rate: float, momentum: float, weight_decay: float, nesterov: bool
+    model: nn.Module, rate: float | Tensor, momentum: float, weight_decay: float, nesterov: bool
 ) -> Optimizer:
     """SGD over all parameters, weight decay on all of them as in the published recipes.
 
-    The fused kernel reads and writes every number once.
+    The fused kernel reads and writes every number once. A rate in a tensor can change under a
+    CUDA graph.
     """
     return SGD(
         model.parameters(),
@@ -66,4 +67,7 @@ def build_optimizer(
 def set_learning_rate(optimizer: Optimizer, rate: float) -> None:
     """Use this rate from the next update on."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

@@ -329,6 +329,18 @@ def _add_hardware_flags(group: argparse._ArgumentGroup) -> None:
         "--amp", choices=("off", "bf16"), default="off", help="mixed precision by autocast"
     )
     group.add_argument(
+        "--tf32", choices=("on", "off"),
+        help="GPU: round fp32 products to TF32 (default: PyTorch's: in convolutions only)",
+    )  # fmt: skip
+    group.add_argument(
+        "--compile", action="store_true",
+        help="fuse operations by torch.compile: minutes at the start, needs a C++ compiler",
+    )  # fmt: skip
+    group.add_argument(
+        "--graph", choices=("auto", "on", "off"), default="auto",
+        help="GPU: launch the whole step as one CUDA graph; auto does with one worker",
+    )  # fmt: skip
+    group.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="of activations; auto tries on the CPU which is faster, once per machine and model",
     )  # fmt: skip

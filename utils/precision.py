@@ -19,7 +19,8 @@ loss.backward()
 def autocast(device: torch.device, amp: str) -> AbstractContextManager:
     """The context that the forward pass runs in: bf16 autocast for "bf16", else nothing."""
     if amp == "bf16":
-        return torch.autocast(device.type, dtype=torch.bfloat16)
+        # No weight is used twice in a forward pass, and a CUDA graph must not meet a cached copy.
+        return torch.autocast(device.type, dtype=torch.bfloat16, cache_enabled=False)
     return nullcontext()
 
 

@@ -58,6 +58,23 @@ def make_reproducible(seed: int, deterministic: bool) -> None:
     torch.backends.cudnn.benchmark = not deterministic
 
 
+def choose_tf32(choice: str | None) -> None:
+    """Let GPUs round fp32 products to TF32, or not; None leaves PyTorch's own choice."""
+    if choice:
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = choice == "on"
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Let torch.compile fuse each block of a deep network, or the whole of a shallow one.
+
+    Blocks of a kind are compiled once, so that depth costs little. Names in checkpoints stay.
+    """
+    rows = [m for m in model.modules() if isinstance(m, nn.Sequential)]
+    blocks = [block for row in rows for block in row if list(block.children())]
+    for block in blocks or [model]:
+        block.compile()
+
+
 def usable_precision(comm: Comm, amp: str, say: Any) -> str:
     """The precision to use: "off" where bf16 is asked for and a CPU cannot run it."""
     if amp == "off" or comm.device.type != "cpu":

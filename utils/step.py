@@ -34,14 +34,15 @@ class Step:
         self.passes = passes
 
     def __call__(
-        self, images: Tensor, labels: Tensor, global_batch: int, seed: int
+        self, images: Tensor, labels: Tensor, global_batch: int, seed: int | None
     ) -> tuple[Tensor, Tensor]:
         """Train on this worker's share of a batch of global_batch images.
 
         The engines average gradients over the workers. Each worker's loss is its sum divided by
         the mean share (global_batch / workers), not by its own: the average is then the exact
         mean over the global batch, also when shares differ by an image. The seed, the same on all
-        workers, is of the dropout masks, which are the global batch's too.
+        workers, is of the dropout masks, which are the global batch's too; None leaves the
+        generators as they are.
 
         Returns:
             The loss summed over the share, and its (B, classes) logits.
@@ -56,7 +57,8 @@ class Step:
             # with it. Those before it communicate nothing.
             waiting = k < len(cuts) - 1
             exchange = self.comm.accumulating(self.model) if waiting else nullcontext()
-            torch.manual_seed(seed)
+            if seed is not None:
+                torch.manual_seed(seed)
             with exchange, rows_of_batch(start + first, global_batch):
                 results.append(self._backward(images[first:last], labels[first:last], scale))
         self.optimizer.step()
