@@ -17,6 +17,8 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   --dry-run    print the command and its environment, start nothing
   --compare    train with one process, dist and horovod; compare losses, parameters and speed
   --verify     prove on this machine that workers, engine and interruptions change no result
+  --bench [loader|step|epoch|scaling|allreduce|all]
+               measure this machine (minutes), write bench-results/; -- -h lists its flags
   -h           this text
 What stands after -- goes to cifar.py and wins over the recipe; python cifar.py -h lists its flags.
 END
@@ -30,7 +32,7 @@ fail() {
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0 tool=''
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0 tool='' benchmark=all
 flags=()
 
 parse_options() {
@@ -54,7 +56,13 @@ parse_options() {
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
             --yes) yes=1 && shift ;;
-            --compare | --verify) tool=${1#--} && shift ;;
+            --compare | --verify) tool=tools.${1#--} && shift ;;
+            --bench)
+                tool=bench && shift
+                if [[ ${1-} && $1 != -* ]]; then
+                    benchmark=$1 && shift
+                fi
+                ;;
             -h | --help)
                 usage
                 exit 0
@@ -108,6 +116,13 @@ print(*difflib.get_close_matches(word.lower(), known) or known, sep=", ")
 END
     )
     fail "-d '$dataset': no such data set; choose from $known"
+}
+
+check_benchmark() {
+    case $benchmark in
+        loader | step | epoch | scaling | allreduce | all) ;;
+        *) fail "--bench '$benchmark': no such benchmark; choose loader, step, epoch, scaling, allreduce or all" ;;
+    esac
 }
 
 check_engine() {
@@ -294,10 +309,10 @@ print_command() {
     printf '%s\n' "${line# }"
 }
 
-# Runs a command of tools/ in the caller's folder.
+# Runs the tool, a Python module, in the caller's folder.
 run_tool() {
     python=$("$root/setup.sh" --which)
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m "tools.$tool" "$@"
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m "$tool" "$@"
 }
 
 main() {
@@ -309,8 +324,12 @@ main() {
         recipes list
         return
     fi
-    if [[ $tool == verify ]]; then
+    if [[ $tool == tools.verify ]]; then
         run_tool "${flags[@]}"
+    fi
+    if [[ $tool == bench ]]; then
+        check_benchmark
+        run_tool "$benchmark" "${flags[@]}"
     fi
     [[ $model ]] || fail '-m: name a recipe; ./launcher.sh --list shows them'
     check_engine
@@ -322,7 +341,7 @@ main() {
     recipe=$(recipes find "$model") || exit 2
     mapfile -t arguments <<<"$recipe"
     model=${arguments[0]}
-    if [[ $tool == compare ]]; then
+    if [[ $tool == tools.compare ]]; then
         run_tool -m "$model" -n "$workers" -d "$dataset" -- "${flags[@]}"
     fi
     case $engine in

@@ -1,0 +1,167 @@
+"""The training loop against its floor: forward, backward and update on one constant batch."""
+
+import contextlib
+import copy
+import io
+from collections.abc import Callable
+from functools import partial
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, Optimizer
+
+from bench.common import Ratio, Result, Settings, draw_ratios, measure, ratio, timed
+from utils import order, synthetic
+from utils.augment import ImageSet
+from utils.comm import Comm, Exchange
+from utils.engine import train_one_epoch
+from utils.optim import build_optimizer
+from utils.options import parse_args
+from utils.position import Position
+from utils.recipes import Recipe, find_recipe
+from utils.startup import PAD, build_model, make_reproducible
+from utils.step import Step
+from utils.trace import StepTimes
+
+# Batch on a CPU, where a step of the wide networks with 128 images would take half a minute.
+BATCHES = {
+    "alexnet": 128, "resnet20": 128, "vgg19_bn": 32, "resnet110": 16, "preresnet110": 16,
+    "wrn28_10": 2, "resnext29_8x64d": 2, "densenet_bc_100_12": 8,
+}  # fmt: skip
+SMALL, LARGE = 4, 128  # any other network's on a CPU, and all networks' on a GPU
+TARGETS = {"alexnet": 0.95, "resnet20": 0.97}
+ROUNDS = 5
+TURN = 0.7  # seconds that an arm trains at a time
+RATE = 1e-3  # small: a network that diverges computes with other numbers, at another speed
+
+
+class Bare:
+    """The floor: a network trained on one batch, by nothing but what training cannot do without."""
+
+    def __init__(self, model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor):
+        self.model = model
+        self.optimizer = optimizer
+        self.images = images
+        self.labels = labels
+
+    def train(self, steps: int) -> None:
+        """Forward, backward, update."""
+        self.model.train()
+        for _ in range(steps):
+            self.optimizer.zero_grad()
+            functional.cross_entropy(self.model(self.images), self.labels).backward()
+            self.optimizer.step()
+
+    @torch.inference_mode()
+    def evaluate(self, passes: int) -> None:
+        """Forward only."""
+        self.model.eval()
+        for _ in range(passes):
+            self.model(self.images)
+
+
+def constant_batch(batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(batch, 3, 32, 32) normalised images and (batch,) labels."""
+    return synthetic_set(batch, 0, device).batch(torch.arange(batch, device=device))
+
+
+def synthetic_set(count: int, pad: int, device: torch.device) -> ImageSet:
+    """Images of synthetic10."""
+    images, labels = synthetic.generate(10, train=True, count=count)
+    return ImageSet(images, labels, *synthetic.STATISTICS, device=device, pad=pad)
+
+
+def bare_loop(recipe: Recipe, batch: int, device: torch.device) -> Bare:
+    """The floor of a recipe."""
+    options = parse_args(recipe.flags)
+    make_reproducible(0, deterministic=False)
+    model = build_model(options, 10).to(device)
+    optimizer = build_optimizer(model, RATE, options.momentum, options.weight_decay, False)
+    return Bare(model, optimizer, *constant_batch(batch, device))
+
+
+def run(settings: Settings) -> Result:
+    """Measure every model's loop and floor, in this process."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(settings.threads)
+    raw = {}
+    try:
+        for name in settings.models or BATCHES:
+            print(f"-- step: {name}", flush=True)
+            recipe = find_recipe(name)
+            raw[recipe.name] = measure_model(recipe, settings)
+    finally:
+        torch.set_num_threads(threads)
+
+    rows = [("model", "batch", "floor, images/s", "images/s", "% of floor", "target",
+             "floor in channels-last")]  # fmt: skip
+    ratios: dict[str, Ratio] = {}
+    for name, numbers in raw.items():
+        seconds, images = numbers["seconds"], numbers["batch"] * numbers["steps"]
+        ratios[name] = ratio(seconds["floor"], seconds["loop"])
+        rows.append(
+            (
+                name,
+                str(numbers["batch"]),
+                f"{images / median(seconds['floor']):,.1f}",
+                f"{images / median(seconds['loop']):,.1f}",
+                ratios[name].percent(),
+                f">= {TARGETS[name]:.0%}" if name in TARGETS else "-",
+                ratio(seconds["floor"], seconds["channels-last floor"]).percent(),
+            )
+        )
+    return Result(
+        f"step: training loop, {settings.threads} threads",
+        rows,
+        [
+            "floor: forward, backward and update on one constant batch, nothing else; in "
+            "channels-last: its speed in that memory format over that in the default one"
+        ],
+        raw,
+        lambda axes: draw_ratios(axes, ratios, TARGETS, "share of the floor"),
+    )
+
+
+def measure_model(recipe: Recipe, settings: Settings) -> dict[str, Any]:
+    """Seconds of each turn of loop and floors, with the batch and the steps of a turn."""
+    comm = Comm()
+    on_gpu = comm.device.type == "cuda"
+    batch = LARGE if on_gpu else BATCHES.get(recipe.name, SMALL)
+    batch = settings.images(batch, 1) if settings.scale < 1 else batch
+    bare = bare_loop(recipe, batch, comm.device)
+    copied = copy.deepcopy(bare.model).to(memory_format=torch.channels_last)
+    last = Bare(
+        copied,
+        SGD(copied.parameters(), **bare.optimizer.defaults),
+        bare.images.contiguous(memory_format=torch.channels_last),
+        bare.labels,
+    )
+    for floor in (bare, last):
+        floor.train(1)  # pays for memory and the choice of algorithms
+    once = timed(partial(bare.train, 1), comm.device)
+    steps = max(1, round(TURN * settings.scale / once))
+
+    images = synthetic_set(steps * batch, PAD, comm.device)
+    # Loop and floor share the network: their memory is the same, too.
+    step = Step(comm, *comm.wrap(bare.model, bare.optimizer, Exchange()), "off")
+    bounds = order.batches(len(images), batch, comm.size)
+    rates = [RATE] * len(bounds)
+
+    def loop() -> None:
+        with contextlib.redirect_stdout(io.StringIO()):  # a progress bar that no terminal shows
+            train_one_epoch(
+                step, images, bounds, rates, Position(), 0, comm, StepTimes(), lambda *_: None
+            )
+
+    arms: dict[str, Callable[[], None]] = {
+        "loop": loop,
+        "floor": partial(bare.train, steps),
+        "channels-last floor": partial(last.train, steps),
+    }
+    loop()
+    timers = {name: partial(timed, action, comm.device) for name, action in arms.items()}
+    seconds = measure(timers, settings.rounds or ROUNDS)
+    return {"batch": batch, "steps": steps, "seconds": seconds}
