@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -114,7 +115,7 @@ def measure_all(options: argparse.Namespace) -> None:
         options.loaders, options.scale,
     )  # fmt: skip
     options.output.mkdir(parents=True, exist_ok=True)
-    about = {**header(), "command": sys.argv}
+    about = {**header(), "command": sys.argv, "settings": asdict(settings)}
     print("\n".join(header_lines(about, settings.threads)))
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}

@@ -15,7 +15,7 @@ from utils.data import load_dataset
 from utils.startup import PAD
 
 IMAGES = 10_240
-ROUNDS = 5
+ROUNDS = 4
 BATCH = 128
 TARGET = 6.0  # ours over torchvision without worker processes
 CPU = torch.device("cpu")

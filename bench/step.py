@@ -34,7 +34,8 @@ BATCHES = {
 SMALL, LARGE = 4, 128  # any other network's on a CPU, and all networks' on a GPU
 TARGETS = {"alexnet": 0.95, "resnet20": 0.97}
 ROUNDS = 5
-TURN = 0.7  # seconds that an arm trains at a time
+TURN = 0.5  # seconds that an arm trains at a time, and a step at least
+MOST = 9.0  # seconds for all turns of a model; slow steps get fewer rounds, but two
 RATE = 1e-3  # small: a network that diverges computes with other numbers, at another speed
 
 
@@ -163,5 +164,7 @@ def measure_model(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     }
     loop()
     timers = {name: partial(timed, action, comm.device) for name, action in arms.items()}
-    seconds = measure(timers, settings.rounds or ROUNDS)
+    affordable = int(MOST / (len(arms) * steps * once))
+    rounds = settings.rounds or max(2, min(ROUNDS, affordable))
+    seconds = measure(timers, rounds)
     return {"batch": batch, "steps": steps, "seconds": seconds}
