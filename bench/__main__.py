@@ -16,7 +16,7 @@ from bench import allreduce, epoch, loader, scaling, step
 from bench.common import Result, Settings, header, header_lines
 from utils.data import DATASETS
 from utils.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
-from utils.files import write_atomically
+from utils.files import check_writable, write_atomically
 from utils.recipes import find_recipe
 
 BENCHMARKS = {
@@ -114,7 +114,13 @@ def measure_all(options: argparse.Namespace) -> None:
         options.dataset, options.data, options.rounds, options.models, options.threads,
         options.loaders, options.scale,
     )  # fmt: skip
-    options.output.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+        check_writable(options.output)
+    except OSError as error:
+        raise UserError(
+            f"-o {options.output}: cannot be written to ({error.strerror}); name another folder"
+        ) from error
     about = {**header(), "command": sys.argv, "settings": asdict(settings)}
     print("\n".join(header_lines(about, settings.threads)))
     results: dict[str, Result] = {}

@@ -138,6 +138,7 @@ def test_results_are_written(tmp_path):
         ("step --scale 0", ["--scale 0", "above 0"]),
         ("epoch -d cifr10", ["--dataset", "'cifr10'"]),
         ("epoch --rnds 3", ["--rnds"]),
+        ("loader -o /dev/null", ["-o /dev/null", "another folder"]),
     ],
 )
 def test_bad_input_is_one_line(arguments, words, capsys, tmp_path, monkeypatch):
