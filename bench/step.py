@@ -131,7 +131,6 @@ def measure_model(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     comm = Comm()
     on_gpu = comm.device.type == "cuda"
     batch = LARGE if on_gpu else BATCHES.get(recipe.name, SMALL)
-    batch = settings.images(batch, 1) if settings.scale < 1 else batch
     bare = bare_loop(recipe, batch, comm.device)
     copied = copy.deepcopy(bare.model).to(memory_format=torch.channels_last)
     last = Bare(
