@@ -18,6 +18,7 @@ from utils import order, synthetic
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
 from utils.engine import train_one_epoch
+from utils.metrics import Meter
 from utils.optim import build_optimizer
 from utils.options import parse_args
 from utils.position import Position
@@ -153,7 +154,17 @@ def measure_model(recipe: Recipe, settings: Settings) -> dict[str, Any]:
     def loop() -> None:
         with contextlib.redirect_stdout(io.StringIO()):  # a progress bar that no terminal shows
             train_one_epoch(
-                step, images, bounds, rates, Position(), 0, comm, StepTimes(), lambda *_: None
+                step,
+                None,
+                Meter(comm.device),
+                images,
+                bounds,
+                rates,
+                Position(),
+                0,
+                comm,
+                StepTimes(),
+                lambda *_: None,
             )
 
     arms: dict[str, Callable[[], None]] = {

@@ -24,7 +24,7 @@ from utils.provenance import processor
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 # Images below which trying costs more than a better choice could save.
-WORTHWHILE = 5_000
+WORTHWHILE = 2_000
 # A step of the trial should take about this many seconds, within the limits of images below.
 _STEP_SECONDS = 0.15
 _LEAST, _MOST = 2, 64
