@@ -14,6 +14,10 @@ from tools.arms import ROOT, SCRIPTS, clean_environment, engine_command, has_hor
 
 torch.set_num_threads(1)  # other tests run beside this process
 
+# Ignored under nohup and in the background of a script, and what is ignored is inherited.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # In the environment of every process that the tests start, however deep.
 MARK = {"CIFAR_TESTS": str(os.getpid())}
 

@@ -11,10 +11,16 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("engine", "workers"),
+    [
+        ("serial", 1),
+        ("dist", 2),
+        ("horovod", 2),
+        *(pytest.param(e, n, marks=pytest.mark.slow) for e in ("dist", "horovod") for n in (1, 3)),
+    ],
+)
 def test_engine_keeps_its_promises(launch, engine, workers):
-    if engine == "serial" and workers > 1:
-        pytest.skip("the serial engine has one worker")
     result = launch([], workers=workers, script="tests/engine_checks.py")
     passed = re.findall(r"(check_\w+) passed", result.stdout)
     assert passed == CHECKS, result.stdout + result.stderr

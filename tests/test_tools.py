@@ -109,11 +109,12 @@ def test_the_hub_builds_and_loads(run, trained, tmp_path):
     assert float(total) == pytest.approx(float(weight.sum()))
 
 
+@pytest.mark.timeout(240)  # five runs
 def test_engines_agree_in_every_parameter_after_twenty_steps(run, tmp_path):
     """The report of --compare: one process, dist and, where it is there, Horovod."""
     command = [ROOT / "launcher.sh", "--compare", "-m", "alexnet", "-n", "2", "-d", "synthetic10"]
-    flags = "--epochs 1 --train-size 320 --train-batch 16 --test-size 64 --lr 0.01 --dtype float64"
-    result = run([*command, "--", *flags.split()], cwd=tmp_path)
+    flags = "--epochs 1 --train-size 160 --train-batch 8 --test-size 64 --lr 0.01 --dtype float64"
+    result = run([*command, "--", *flags.split()], cwd=tmp_path, timeout=220)
     assert result.returncode == 0, result.stderr
     report = json.loads((tmp_path / "compare" / "compare.json").read_text())["summary"]["engines"]
     assert set(report) == {"one process", "dist"} | ({"horovod"} if has_horovod() else set())
