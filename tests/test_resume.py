@@ -105,11 +105,13 @@ def test_killed_and_resumed_equals_untouched(train, tmp_path, model, engine, wor
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("model", "engine", "workers", "kill_at"), random_cases())
 def test_killed_anywhere_and_resumed(train, tmp_path, model, engine, workers, kill_at):
     check(train, tmp_path, model, engine, workers, kill_at)
 
 
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("first", "then"),
     [

@@ -29,7 +29,7 @@ from utils import checkpoint
 
 FAILED = 1
 COMMON = [
-    "-d", "synthetic10", "--train-size", "133", "--test-size", "53", "--train-batch", "64",
+    "-d", "synthetic10", "--train-size", "101", "--test-size", "53", "--train-batch", "64",
     "--epochs", "2", "--schedule", "1", "--dtype", "float64", "--overwrite",
 ]  # fmt: skip
 ALEXNET = [*COMMON, "-a", "alexnet", "--lr", "0.05"]
@@ -94,15 +94,15 @@ class Runner:
         return self.result(self.run(flags, engine, workers, self.mistake))
 
     def killed(self, flags: list[str], engine: str, workers: int, step: int) -> Path:
-        """The folder of a run that has been killed after some steps; it saves every second."""
-        return self.run([*flags, "--save-every", "2"], engine, workers, f"kill-{step}")
+        """The folder of a run that has been killed after some steps; it saves after each."""
+        return self.run([*flags, "--save-every", "1"], engine, workers, f"kill-{step}")
 
     def resumed(self, killed: Path, flags: list[str], engine: str, workers: int) -> Run:
         """A killed run that goes on, with as many workers or others; its folder stays."""
         folder = self.folder / f"resumed-{self.count}"
         shutil.copytree(killed, folder)
         flags = [flag for flag in flags if flag != "--overwrite"]
-        more = ["--save-every", "2", "--resume", "auto"]
+        more = ["--save-every", "1", "--resume", "auto"]
         return self.result(self.run([*flags, *more], engine, workers, self.mistake, into=folder))
 
     def result(self, folder: Path) -> Run:
@@ -191,7 +191,7 @@ def verify(runner: Runner) -> list[str]:
             synced,
             partial(runner.checked, SYNCED, engine, 2),
         )
-        killed = runner.killed(ALEXNET, engine, 2, step=5)
+        killed = runner.killed(ALEXNET, engine, 2, step=3)
         check(
             f"{engine}, killed and resumed equals untouched",
             0.0,
