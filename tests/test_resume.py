@@ -27,6 +27,7 @@ FAST = [
     ("alexnet", "dist", 2, 5),
     ("wrn with dropout", "serial", 1, 10),
     ("resnet", "horovod", 2, 9),
+    ("resnet", "serial", 1, 1),  # before the first save
 ]
 
 

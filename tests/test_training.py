@@ -139,6 +139,16 @@ class TestRunFolder:
 
         assert run_script([*flags, "--overwrite"]).returncode == 0
 
+    def test_rows_of_a_log_are_not_lost_with_the_checkpoint(self, finished, run_script):
+        folder, flags = finished
+        for name in (checkpoint.LATEST, checkpoint.BEST):
+            (folder / name).unlink()
+        rows = (folder / "log.txt").read_text()
+        result = run_script([*flags, "--resume", "auto"])
+        assert result.returncode == 2
+        assert "--overwrite" in result.stderr
+        assert (folder / "log.txt").read_text() == rows
+
     def test_a_finished_run_says_so_when_resumed(self, finished, run_script):
         _, flags = finished
         result = run_script([*flags, "--resume", "auto"])

@@ -302,7 +302,9 @@ def claim_folder(folder: Path, options: argparse.Namespace, saved: Saved | None)
     mine = saved is not None and saved.path.resolve().parent == folder.resolve()
     try:
         found = [name for name in names if (folder / name).exists()]
-        if found and not mine and not options.overwrite:
+        # A run that was killed before it saved anything has left a log without rows.
+        begun = options.resume == "auto" and saved is None and _has_no_rows(folder, found)
+        if found and not mine and not begun and not options.overwrite:
             raise UserError(
                 f"--checkpoint {folder}: holds a run already ({found[0]}); "
                 "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
@@ -317,6 +319,15 @@ def claim_folder(folder: Path, options: argparse.Namespace, saved: Saved | None)
             f"--checkpoint {folder}: cannot be written to ({error.strerror}); "
             "name another folder with -c DIR"
         ) from error
+
+
+def _has_no_rows(folder: Path, found: list[str]) -> bool:
+    """Whether what was found in a run folder is a log that has a head at most."""
+    lines = {"log.txt": 1, "metrics.jsonl": 0}
+    return all(
+        name in lines and len((folder / name).read_text().splitlines()) <= lines[name]
+        for name in found
+    )
 
 
 def start_lines(
