@@ -10,7 +10,6 @@ import tempfile
 import time
 from collections.abc import Sequence
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,16 +18,13 @@ import numpy as np
 import torch
 
 from bench.common import Result, Settings, arm_environment, measure
-from tools.arms import engine_command, has_horovod
-from utils.comm import Comm
+from tools.arms import engine_class, engine_command, has_horovod
 from utils.engine import leave
 from utils.files import write_atomically
 
 WORKERS = 2
 SIZES = tuple(2**power for power in range(12, 27, 2))  # bytes: 4 KiB to 64 MiB
 ROUNDS = 2
-# The engines by the script that brings them.
-CLASSES = {"cifar": "TorchComm", "cifar_horovod": "HorovodComm"}
 
 
 class Fit(NamedTuple):
@@ -122,7 +118,7 @@ def _group(
 
 def work(script: str, path: Path, scale: float) -> None:
     """What a worker does."""
-    comm: Comm = getattr(import_module(script), CLASSES[script])()
+    comm = engine_class(script)()
     found = []
     for size in SIZES:
         tensor = torch.zeros(size // 4, device=comm.device)

@@ -7,7 +7,6 @@ Not a test module: test_engines.py starts it under each engine's real launcher, 
 import sys
 from collections.abc import Callable
 from functools import partial
-from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import create_model
 from models._dropout import dropout
+from tools.arms import engine_class
 from utils import order
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
@@ -182,11 +182,8 @@ def _equal_everywhere(comm: Comm, model: nn.Module) -> None:
         assert torch.equal(main, parameter), f"{name} differs between ranks"
 
 
-ENGINES = {"cifar": "TorchComm", "cifar_horovod": "HorovodComm"}
-
-
 def main(script: str) -> None:
-    comm: Comm = getattr(import_module(script), ENGINES[script])()
+    comm = engine_class(script)()
     torch.set_num_threads(1)
     for name, check in list(globals().items()):
         if name.startswith("check_"):

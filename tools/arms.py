@@ -5,11 +5,14 @@ import os
 import re
 import socket
 import sys
+from importlib import import_module
 from pathlib import Path
 
+from utils.comm import Comm
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+_CLASSES = {"cifar": "TorchComm", "cifar_horovod": "HorovodComm"}
 SCRIPTS = {"serial": "cifar.py", "dist": "cifar.py", "horovod": "cifar_horovod.py"}
 
 # What an outer launcher leaves in the environment; it would change the meaning of an inner one.
@@ -26,6 +29,11 @@ def free_port() -> int:
 def has_horovod() -> bool:
     """Whether Horovod is installed."""
     return importlib.util.find_spec("horovod") is not None
+
+
+def engine_class(module: str) -> type[Comm]:
+    """The Comm that a script brings: of "cifar" or of "cifar_horovod", which it imports."""
+    return getattr(import_module(module), _CLASSES[module])
 
 
 def engine_command(engine: str, workers: int, *script: str) -> list[str]:

@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ sys.path[0] = str(ROOT)  # and not this folder, whose inspect.py would hide Pyth
 import numpy as np
 import torch
 
+from tools.arms import engine_class
 from utils import engine, order, startup
 from utils.comm import Comm
 from utils.step import Step
@@ -131,9 +131,7 @@ def main() -> int:
         {"kill": _kill_at_step, "flip": _one_bit}[kind](int(number))
     elif mistake != "none":
         MISTAKES[mistake]()
-    module = import_module(script)
-    names = {"cifar": "TorchComm", "cifar_horovod": "HorovodComm"}
-    return engine.main(getattr(module, names[script]), rest)
+    return engine.main(engine_class(script), rest)
 
 
 if __name__ == "__main__":

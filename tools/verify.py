@@ -33,18 +33,7 @@ COMMON = [
     "--epochs", "2", "--schedule", "1", "--dtype", "float64", "--overwrite",
 ]  # fmt: skip
 ALEXNET = [*COMMON, "-a", "alexnet", "--lr", "0.05"]
-SYNCED = [
-    *COMMON,
-    "-a",
-    "wrn",
-    "--depth",
-    "10",
-    "--widen-factor",
-    "1",
-    "--drop",
-    "0.3",
-    "--sync-bn",
-]
+SYNCED = [*COMMON, *"-a wrn --depth 10 --widen-factor 1 --drop 0.3 --sync-bn".split()]
 
 
 @dataclass

@@ -206,6 +206,6 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> b
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
             if isinstance(value, Tensor) and value.dim():
-                # The update is fastest where momentum and parameter have the same strides.
+                # The fused update goes through momentum and parameter side by side in memory.
                 entry[name] = torch.empty_like(parameter).copy_(value)
     return True

@@ -130,14 +130,13 @@ class StepGraph:
         if self._epoch is not augmentation:
             self._augmentation.copy_(augmentation)
             self._epoch = augmentation
+        if self.left == 0 and self._replay is None:
+            self._record()
         torch.manual_seed(seed)
         if self.left > 0:
             self.left -= 1
             self.recorder.warm_up(self._train)
         else:
-            if self._replay is None:
-                self._record()
-            torch.manual_seed(seed)
             (self._replay or self._train)()
         return self._loss
 
