@@ -4,12 +4,23 @@
 BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
 
 
+def one_line(text: str) -> str:
+    """The text with line breaks and all else that would disturb a terminal or a log escaped.
+
+    Names of files and answers of servers may hold such characters, and bytes that are no UTF-8.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 class UserError(Exception):
     """Bad input: one line that names the flag, its value and the way out.
 
     The main program prints it as ``error: <message>`` and exits with code 2; nothing has been
     written by then.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
 
 
 class TrainingError(Exception):
