@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from tools.arms import engine_class
-from utils import engine, order, startup
+from utils import engine, evaluation, order, startup
 from utils.comm import Comm
 from utils.step import Step
 
@@ -58,7 +58,7 @@ def lost_momentum() -> None:
 
 def padded_evaluation() -> None:
     """The test set is filled up until all workers have equally many images."""
-    real = engine.evaluate
+    real = evaluation.evaluate
 
     def evaluate(model: Any, images: Any, batch: int, amp: str, comm: Comm, *rest: Any) -> Any:
         missing = -len(images) % comm.size
@@ -68,7 +68,7 @@ def padded_evaluation() -> None:
         padded.windows, padded.labels = images.windows[index], images.labels[index]
         return real(model, padded, batch, amp, comm, *rest)
 
-    engine.evaluate = evaluate
+    evaluation.evaluate = evaluate
 
 
 def lost_rate() -> None:
