@@ -69,8 +69,7 @@ class TorchComm(Comm):
     def launched_rank(cls) -> int:
         return int(os.environ.get("RANK", 0))
 
-    @classmethod
-    def restarts(cls) -> int:
+    def restarts(self) -> int:
         return super().restarts() + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
     def wrap(

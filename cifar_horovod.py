@@ -11,6 +11,7 @@ program itself is utils/engine.py, shared with cifar.py.
 import os
 import sys
 from collections.abc import Callable
+from typing import Any
 
 # Read by hvd.init. The response cache must hold every tensor of a model, or each step negotiates
 # them anew: ResNet-1202 has 3,611 parameters, the default is 1,024.
@@ -49,18 +50,46 @@ class HorovodComm(Comm):
             # them an eighth of their time; steps there take tenths of a second.
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
         hvd.init()
+        self.elastic = "HOROVOD_ELASTIC" in os.environ
+        self.regroupings = 0
         if hvd.rank() == 0 and "CIFAR_TERMINAL" in os.environ:
             # horovodrun pipes its workers' output; the progress bar needs the terminal itself.
             terminal = os.open(os.environ["CIFAR_TERMINAL"], os.O_WRONLY | os.O_NOCTTY)
             os.dup2(terminal, sys.stdout.fileno())
-        self.rank, self.size = hvd.rank(), hvd.size()
-        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
+        self._take_place()
         super().__init__(timeout)
         self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
+
+    def _take_place(self) -> None:
+        self.rank, self.size = hvd.rank(), hvd.size()
+        self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
 
     @classmethod
     def launched_rank(cls) -> int:
         return int(os.environ.get("HOROVOD_RANK", 0))
+
+    def restarts(self) -> int:
+        return super().restarts() + self.regroupings
+
+    def run(self, program: Callable[[], None]) -> None:
+        """With Horovod Elastic, the state that survives a change of workers is the checkpoint."""
+        if not self.elastic:
+            return program()
+        self.state = hvd.elastic.ObjectState(hvd.broadcast_object, hvd.rank, regroupings=0)
+
+        def begin(state: Any) -> None:
+            # A worker that has come later learns here that there is something to go on from.
+            self._take_place()
+            self.regroupings = state.regroupings
+            state.regroupings += 1
+            state.save()
+            program()
+
+        return hvd.elastic.run(begin)(self.state)
+
+    def may_regroup(self) -> None:
+        if self.elastic:
+            self.state.check_host_updates()
 
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange

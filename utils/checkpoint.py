@@ -79,6 +79,7 @@ class Saver:
         with self.comm.averaged_buffers(self.model) as rows:  # one sum over the workers
             if self.comm.is_main:
                 self._write(position, rows, is_best)
+        self.comm.may_regroup()
 
     def _write(self, position: Position, rows: Tensor, is_best: bool) -> None:
         state = {

@@ -43,6 +43,7 @@ class Comm:
         local_rank, local_size: the same among the workers of this node.
         device: where this worker computes.
         name: of the engine and its transport, for the start-up lines.
+        elastic: whether workers may come and go; then nobody but the engine watches them.
         graph_warm_up: steps to train before a CUDA graph of one; 0 where that cannot be captured.
         sends_any_layout: False where gradients must be contiguous to be exchanged.
     """
@@ -52,6 +53,7 @@ class Comm:
     size = 1
     local_rank = 0
     local_size = 1
+    elastic = False
     graph_warm_up = 3
     sends_any_layout = True
     device: torch.device
@@ -64,8 +66,7 @@ class Comm:
         """The rank that the launcher has given to this process, known before any connection."""
         return 0
 
-    @classmethod
-    def restarts(cls) -> int:
+    def restarts(self) -> int:
         """How often this job has been started again after a failure."""
         return int(os.environ.get("CIFAR_RESTARTS", 0))
 
@@ -73,6 +74,13 @@ class Comm:
     def is_main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.rank == 0
+
+    def run(self, program: Callable[[], None]) -> None:
+        """Run the program; an elastic engine runs it again whenever its workers have changed."""
+        program()
+
+    def may_regroup(self) -> None:
+        """Called by every rank after a save: an elastic engine may take in new workers now."""
 
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange

@@ -11,6 +11,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
@@ -85,7 +86,7 @@ def _code_of_run(engine: type[Comm], argv: Sequence[str] | None, watch: Watch) -
         select_gpus(options.gpu_id)
         comm = engine(options.timeout)
         try:
-            run(comm, options, watch)
+            comm.run(partial(_run, comm, options, watch))
         except Exception as error:
             training = watch.begun
             if comm.lost_peer(error):
@@ -120,6 +121,11 @@ def _code_of_run(engine: type[Comm], argv: Sequence[str] | None, watch: Watch) -
     return 0
 
 
+def _run(comm: Comm, options: argparse.Namespace, watch: Watch) -> None:
+    with contextlib.ExitStack() as claims:
+        run(comm, options, watch, claims)
+
+
 def leave(code: int) -> NoReturn:
     """End the process with an exit code, without taking the interpreter apart.
 
@@ -132,8 +138,17 @@ def leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def run(comm: Comm, options: argparse.Namespace, watch: Watch) -> None:
-    """Train, or evaluate a checkpoint, as the options say."""
+def run(
+    comm: Comm, options: argparse.Namespace, watch: Watch, claims: contextlib.ExitStack
+) -> None:
+    """Train, or evaluate a checkpoint, as the options say.
+
+    Args:
+        comm: the engine.
+        options: of the command line.
+        watch: learns what this worker does.
+        claims: gets what has to be given back at the end.
+    """
     say = say_line if comm.is_main else _say_nothing
     check_agreement(comm, code())
     check_agreement(comm, flags(options))
@@ -209,10 +224,10 @@ def run(comm: Comm, options: argparse.Namespace, watch: Watch) -> None:
         checkpoint.load_buffers(model, saved.state, comm)
 
     folder = run_folder(options)
-    lock = None
     with comm.main_first():
         if comm.is_main:
             lock = claim_folder(folder, options, saved, comm.restarts() > 0)
+            claims.callback(unlock_folder, lock)
             write_args(folder / "args.json", options, comm)
     about = {
         "arch": options.arch,
@@ -280,8 +295,6 @@ def run(comm: Comm, options: argparse.Namespace, watch: Watch) -> None:
     log.close()
     times.write(Path(options.trace) if options.trace else None, comm)
     report_end(position, model, valid_set, test_set, folder, comm, options, say)
-    if lock:
-        unlock_folder(lock)
 
 
 def _say_nothing(*_: object) -> None:

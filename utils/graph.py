@@ -52,7 +52,7 @@ class CudaRecorder:
         return graph.replay
 
 
-def wants_graph(choice: str, comm: Comm, passes: int, on_nan: str) -> tuple[bool, str]:
+def wants_graph(choice: str, comm: Comm, passes: int, on_nan: str = "stop") -> tuple[bool, str]:
     """Whether to record the step, and why not where that was asked for.
 
     Args:

@@ -178,7 +178,8 @@ class Training:
             Interrupted: a signal has asked for it; everything is saved.
         """
         self.interrupt = Interrupt(self.comm)  # from here on signals mean: save and stop
-        self.watch.begin(self.comm.rank, self.timeout)
+        if not self.comm.elastic:
+            self.watch.begin(self.comm.rank, self.timeout)
         try:
             while self.position.epoch < self.epochs:
                 try:
