@@ -274,13 +274,13 @@ class TestFolder:
         reading, writing = os.pipe()
         process = os.fork()
         if process == 0:
-            lock_folder(tmp_path)
-            os.write(writing, b"x")
+            held = lock_folder(tmp_path)
+            os.write(writing, held.name.encode())
             time.sleep(60)
             os._exit(0)
         os.read(reading, 1)
         with pytest.raises(FolderInUse, match=f"process {process} on "):
-            lock_folder(tmp_path)
+            held = lock_folder(tmp_path)
         os.kill(process, signal.SIGKILL)
         os.waitpid(process, 0)
         file = lock_folder(tmp_path)
