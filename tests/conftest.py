@@ -63,6 +63,14 @@ def marked_processes() -> set[int]:
     return found
 
 
+def wait_until(condition, seconds=10) -> None:
+    """Wait for a condition to come about; a test that waits in vain fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "has not come about in time"
+        time.sleep(0.02)
+
+
 def kill(processes) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
