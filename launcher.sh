@@ -12,6 +12,9 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   -f ENGINE    dist (PyTorch DistributedDataParallel, default) or horovod
   --port N     dist: port of the rendezvous on 127.0.0.1 (default: a free one)
   --hosts LIST horovod: host:slots,... for workers on several machines (default: all here)
+  --max-restarts N
+               start again, from the newest checkpoint, after a failure that need not come again:
+               a killed or stalled worker, a lost connection (default: 3; 0 to 1000)
   --yes        horovod: build it first where it is missing (minutes, once)
   --list       show the recipes
   --dry-run    print the command and its environment, start nothing
@@ -32,13 +35,13 @@ fail() {
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0 tool='' benchmark=all
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' restarts=3 dry_run=0 list=0 yes=0 tool='' benchmark=all
 flags=()
 
 parse_options() {
     while (($#)); do
         case $1 in
-            -m | -n | -g | -d | -f | --port | --hosts)
+            -m | -n | -g | -d | -f | --port | --hosts | --max-restarts)
                 [[ ${2-} != '' && $2 != -[^0-9]* ]] || fail "$1 '${2-}': needs a value; ./launcher.sh -h shows which"
                 case $1 in
                     -m) model=$2 ;;
@@ -48,10 +51,11 @@ parse_options() {
                     -f) engine=$2 ;;
                     --port) port=$2 ;;
                     --hosts) hosts=$2 ;;
+                    --max-restarts) restarts=$2 ;;
                 esac
                 shift 2
                 ;;
-            --port=* | --hosts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+            --port=* | --hosts=* | --max-restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
             -[mngdf]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
@@ -197,6 +201,11 @@ check_workers() {
     fi
 }
 
+check_restarts() {
+    [[ $restarts =~ ^(0|[1-9][0-9]{0,3})$ && $restarts -le 1000 ]] ||
+        fail "--max-restarts '$restarts': give a whole number from 0 to 1000"
+}
+
 # A control character in the printed command would not be what it looks like.
 check_flags() {
     local flag
@@ -317,7 +326,7 @@ run_tool() {
 
 main() {
     local python small_python visible recipe cores
-    local command=() arguments=() shown=() environment=() dropped=() allowed=()
+    local command=() arguments=() shown=() environment=() dropped=() allowed=() start=()
     parse_options "$@"
     if ((list)); then
         find_python
@@ -335,6 +344,7 @@ main() {
     check_engine
     check_gpus
     check_workers
+    check_restarts
     check_flags
     find_python
     check_dataset
@@ -372,11 +382,12 @@ main() {
     ((dry_run)) && return
     ((${#dropped[@]} == 0)) || unset "${dropped[@]}"
     export "${environment[@]}"
+    start=("$python" "$root/utils/supervise.py" --max-restarts "$restarts")
     if [[ $engine == horovod ]]; then
         mapfile -d '' -t allowed < <(allowed_environment)
-        exec env -i "${allowed[@]}" "$python" "$root/utils/supervise.py" --tagged -- "${command[@]}"
+        exec env -i "${allowed[@]}" "${start[@]}" --tagged -- "${command[@]}"
     fi
-    exec "$python" "$root/utils/supervise.py" -- "${command[@]}"
+    exec "${start[@]}" -- "${command[@]}"
 }
 
 main "$@"

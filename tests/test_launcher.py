@@ -107,6 +107,10 @@ def dry_run(launch, *arguments, **options):
         ("-m alexnet --port 80", 0, ["--port '80'", "1024 to 65535"]),
         ("-m alexnet --port 65536", 0, ["--port '65536'", "1024 to 65535"]),
         ("-m alexnet --port x", 0, ["--port 'x'", "1024 to 65535"]),
+        ("-m alexnet --max-restarts -1", 0, ["--max-restarts '-1'", "0 to 1000"]),
+        ("-m alexnet --max-restarts=1001", 0, ["--max-restarts '1001'", "0 to 1000"]),
+        ("-m alexnet --max-restarts 1e1", 0, ["--max-restarts '1e1'", "0 to 1000"]),
+        ("-m alexnet --max-restarts", 0, ["--max-restarts ''", "needs a value"]),
         ("-m alexnet --epochs 2", 0, ["'--epochs'", "after --"]),
         ("-m alexnet cifar10", 0, ["'cifar10'", "after --"]),
         ("-m alexnet -- $'a\\nb'", 0, [r"-- $'a\nb'", "control character"]),
@@ -270,6 +274,21 @@ def test_arguments_arrive_byte_for_byte_and_the_printed_command_does_the_same(
     again = json.loads((tmp_path / "report1").read_text())
     assert again["argv"][2:] == arguments
     assert list(launch.folder.iterdir()) == [], "a hostile argument was executed"
+
+
+def test_a_killed_worker_is_started_again_as_often_as_asked(launch, project):
+    (project / "cifar.py").write_text(
+        "import os, signal\n"
+        "if not os.environ.get('CIFAR_RESTARTS'):\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "print(os.environ['CIFAR_RESTARTS'])"
+    )
+    call = ["-m", "alexnet", "-d", "synthetic10", "--max-restarts", "1"]
+    result = launch(*call, launcher=project / "launcher.sh")
+    assert result.returncode == 0
+    assert result.stdout.splitlines()[-1] == "1"
+    assert result.stderr == (
+        "rank 0 was ended by signal 9 (SIGKILL); restart 1 of 1 from the newest checkpoint\n"
+    )
 
 
 def test_horovod_trains_and_a_hostile_environment_stays_data(launch, tmp_path):
