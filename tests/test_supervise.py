@@ -334,7 +334,8 @@ def take(number, _):
 
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, take)
-watch = Watch(rank, TIMEOUT)
+watch = Watch()
+watch.begin(rank, TIMEOUT)
 os.write(1, b"%d is %d\\n" % (rank, os.getpid()))
 
 def leave(code):

@@ -42,7 +42,7 @@ def worker(listener, body):
 
 
 def test_a_rank_is_known_by_what_it_says_and_by_its_process(listener):
-    with worker(listener, "w = Watch(3, 2.5)") as process:
+    with worker(listener, "w = Watch()\nw.begin(3, 2.5)") as process:
         (seen,) = listener.workers
         assert (seen.rank, seen.process, seen.timeout) == (3, process.pid, 2.5)
         assert seen.what == ""
@@ -51,18 +51,18 @@ def test_a_rank_is_known_by_what_it_says_and_by_its_process(listener):
 
 
 def test_the_last_of_several_beats_counts(listener):
-    with worker(listener, "w = Watch(0, 1)\nfor k in range(5): w.beat(f'step {k}')"):
+    with worker(listener, "w = Watch()\nw.begin(0, 1)\nfor k in range(5): w.beat(f'step {k}')"):
         (seen,) = listener.workers
         assert (seen.count, seen.what) == (5, "step 4")
 
 
 def test_who_leaves_says_with_which_code(listener):
-    with worker(listener, "w = Watch(0, 1)\nw.beat('step 1')\nw.leave(75)"):
+    with worker(listener, "w = Watch()\nw.begin(0, 1)\nw.beat('step 1')\nw.leave(75)"):
         assert listener.workers[0].code == 75
 
 
 def test_ten_thousand_beats_unread_hold_up_nobody_and_what_must_arrive_does(listener):
-    body = "w = Watch(0, 1)\nfor _ in range(10_000): w.beat('step')"
+    body = "w = Watch()\nw.begin(0, 1)\nfor _ in range(10_000): w.beat('step')"
     body += "\nos.write(1, b'done\\n')\nw.idle()\nsys.stdin.read()\nos._exit(0)"
     with worker(listener, body):
         (seen,) = listener.workers
@@ -74,8 +74,8 @@ def test_ten_thousand_beats_unread_hold_up_nobody_and_what_must_arrive_does(list
 class TestStall:
     def test_is_found_after_the_longest_timeout_and_has_the_least_advanced_ranks(self, listener):
         with (
-            worker(listener, "w = Watch(0, 0.1)\nw.beat('step 1')\nw.beat('step 2')"),
-            worker(listener, "w = Watch(1, 0.6)\nw.beat('step 1')"),
+            worker(listener, "w = Watch()\nw.begin(0, 0.1)\nw.beat('step 1')\nw.beat('step 2')"),
+            worker(listener, "w = Watch()\nw.begin(1, 0.6)\nw.beat('step 1')"),
         ):
             listener.look()
             time.sleep(0.3)
@@ -88,8 +88,8 @@ class TestStall:
     @pytest.mark.parametrize("body", ["", "w.beat('step 1')\nw.idle()"])
     def test_is_none_while_a_rank_is_idle(self, listener, body):
         with (
-            worker(listener, "w = Watch(0, 0.1)\nw.beat('step 1')"),
-            worker(listener, f"w = Watch(1, 0.1)\n{body}"),
+            worker(listener, "w = Watch()\nw.begin(0, 0.1)\nw.beat('step 1')"),
+            worker(listener, f"w = Watch()\nw.begin(1, 0.1)\n{body}"),
         ):
             time.sleep(0.3)
             listener.look()
@@ -132,7 +132,7 @@ class TestStrangers:
 
     @pytest.mark.skipif(os.geteuid() != 0, reason="only root can act as another user")
     def test_other_users_are_not_heard(self, listener):
-        with worker(listener, "os.setuid(65534)\nw = Watch(0, 1)\nw.beat('step 1')"):
+        with worker(listener, "os.setuid(65534)\nw = Watch()\nw.begin(0, 1)\nw.beat('step 1')"):
             assert listener.workers == []
 
     def test_a_name_is_not_used_twice(self, listener):
@@ -146,7 +146,7 @@ class TestWithoutSupervisor:
     def test_a_rank_that_stands_still_shows_its_stack_and_ends(self, name):
         env = environment(**({VARIABLE: name} if name else {}))
         body = (
-            "import utils.watch\nutils.watch._LATER = 0.2\nw = Watch(0, 0.3)\n"
+            "import utils.watch\nutils.watch._LATER = 0.2\nw = Watch()\nw.begin(0, 0.3)\n"
             "def forever():\n    time.sleep(60)\n"
             "w.beat('a')\nw.idle()\ntime.sleep(0.8)\nw.beat('b')\nprint('alive', flush=True)\n"
             "forever()"
@@ -158,7 +158,7 @@ class TestWithoutSupervisor:
 
     def test_a_rank_that_goes_on_or_leaves_is_left_alone(self):
         body = (
-            "import utils.watch\nutils.watch._LATER = 0\nw = Watch(0, 1.5)\n"
+            "import utils.watch\nutils.watch._LATER = 0\nw = Watch()\nw.begin(0, 1.5)\n"
             "for k in range(11):\n    w.beat('step')\n    time.sleep(0.2)\n"
             "w.leave(0)\ntime.sleep(1.7)"
         )
@@ -166,5 +166,5 @@ class TestWithoutSupervisor:
         assert (result.returncode, result.stderr) == (0, "")
 
     def test_a_timeout_may_be_infinite(self):
-        result = run(words("w = Watch(0, float('inf'))\nw.beat('step')"), timeout=20)
+        result = run(words("w = Watch()\nw.begin(0, float('inf'))\nw.beat('step')"), timeout=20)
         assert (result.returncode, result.stderr) == (0, "")

@@ -39,19 +39,30 @@ _LEAVE = re.compile(rb"leave (\d{1,3})")
 class Watch:
     """A rank's end. The rank is idle at first; one thread may call the methods.
 
-    Signal handlers must be in place before: a rank that is known here gets signals directly.
-
-    Args:
-        rank: of this worker.
-        timeout: seconds without anything new, on any rank, that are taken for a stall; above 0,
-            math.inf for never.
+    Attributes:
+        begun: whether ``begin`` has been called.
     """
 
-    def __init__(self, rank: int, timeout: float) -> None:
-        faulthandler.enable(_STDERR)  # SIGABRT prints the stack
-        self._timeout = min(timeout, _FOREVER)
+    def __init__(self) -> None:
+        self.begun = False
+        self._connection: socket.socket | None = None
+        self._timeout = _FOREVER
         self._count = 0
         self._next_arming = 0.0
+
+    def begin(self, rank: int, timeout: float) -> None:
+        """Make this rank known.
+
+        Signal handlers must be in place before: a rank that is known gets signals directly.
+
+        Args:
+            rank: of this worker.
+            timeout: seconds without anything new, on any rank, that are taken for a stall; above
+                0, math.inf for never.
+        """
+        faulthandler.enable(_STDERR)  # SIGABRT prints the stack
+        self.begun = True
+        self._timeout = min(timeout, _FOREVER)
         self._connection = _connect()
         self._send(b"hello %d %f" % (rank, self._timeout))
 
