@@ -37,7 +37,7 @@ MEMORY = 4 << 30  # bytes beyond what the libraries take
 
 # A damaged checkpoint of this suite is to be refused, or to be read as if it were whole. Without
 # digests a changed weight goes unnoticed.
-CHECKS_DIGEST = False
+CHECKS_DIGEST = True
 
 
 # --- damage --------------------------------------------------------------------------------------
