@@ -233,7 +233,9 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
     if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
         state = {"state_dict": state}
     weights = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(isinstance(name, str) for name in weights):
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in weights.items()
+    ):
         raise UserError(f"{flag} {path}: holds no 'state_dict'; name a training checkpoint")
     written = state.get("format", 0)
     if not isinstance(written, int) or written > FORMAT:
@@ -245,6 +247,16 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
         raise UserError(f"{flag} {path}: damaged (its digest does not fit); name another file")
     state["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a tensor holds real numbers, all of them; so does what is no tensor."""
+    return not isinstance(value, Tensor) or (
+        value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_complex()
+        and not value.is_quantized
+    )
 
 
 def _has_its_digest(state: dict[str, Any]) -> bool:
@@ -365,14 +377,14 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> b
     try:
         # Checked here because load_state_dict accepts buffers of any shape and fails in step().
         fits = all(
-            value.shape == parameters[int(index)].shape
+            _is_plain(value) and value.shape == parameters[int(index)].shape
             for index, entry in saved["state"].items()
             for value in entry.values()
             if isinstance(value, Tensor) and value.dim()
         )
         if fits:
             optimizer.load_state_dict(saved)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever another structure brings about
         raise UserError(f"--resume {path}: its optimizer state is damaged: {error}") from error
     if not fits:
         raise UserError(
