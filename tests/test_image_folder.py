@@ -275,6 +275,16 @@ def test_what_may_not_be_read_is_named(images):
     folder.chmod(0o755)
 
 
+def test_a_cache_that_may_not_be_read_is_made_again(images):
+    load_folder(images)
+    cache = images / ".cache" / "folder.npz"
+    cache.chmod(0)
+    note, _, count = load_without_powers(images)
+    assert note == f"note: {cache} is made again (Permission denied)"
+    assert count == "6"
+    assert load_without_powers(images) == ["6"]
+
+
 def test_a_folder_that_may_not_be_written_to_costs_the_cache_only(images):
     images.chmod(0o555)
     try:

@@ -211,7 +211,8 @@ def _answer(request: urllib.request.Request) -> Iterator[Any]:
     """What ``_ask`` yields, and at the end an exception, or None."""
     try:
         opener = urllib.request.build_opener(_NoDowngrade)
-        with opener.open(request, timeout=TIMEOUT) as response:
+        # The listener gives up first; this ends the thread that it leaves behind.
+        with opener.open(request, timeout=2 * TIMEOUT) as response:
             yield response.status, response.headers.get("Content-Range", ""), response.length
             left = math.inf if response.length is None else response.length
             while left > 0 and (block := response.read1(_BLOCK)):
