@@ -145,7 +145,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
             workers=options.workers,
             notify=say,
         )
-    train_set, valid_set, test_set = build_sets(data, options, comm.device)
+    train_set, valid_set, test_set = build_sets(data, options, comm)
     batch = global_batch(options, comm.size, len(train_set))
 
     model = build_model(options, len(data.classes)).to(comm.device, train_set.scale.dtype)
@@ -176,7 +176,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     if options.compile:
         compile_blocks(model)
     passes = options.backward_passes_per_step
-    graphed, why_not = wants_graph(options.graph, comm, passes)
+    graphed, why_not = wants_graph(options.graph, comm, passes, train_set.home)
     optimizer = build_optimizer(
         model,
         torch.tensor(rate, device=comm.device) if graphed else rate,
@@ -217,6 +217,8 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         say(line)
     for line in warnings(options):
         say(f"warning: {line}")
+    if train_set.home != comm.device:
+        say("note: the images stay in main memory (--resident): no CUDA graph")
     if why_not:
         say(f"warning: --graph on: {why_not}; training without")
     for line in start_text(options, saved, position, comm.size):
@@ -322,8 +324,8 @@ def train_one_epoch(
     """
     step.model.train()
     epoch = position.epoch
-    sequence = _to(order.permutation(len(images), seed_of_run, epoch), comm.device)
-    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), comm.device)
+    sequence = _to(order.permutation(len(images), seed_of_run, epoch), images.home)
+    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), images.home)
     meter.start_from(position.sums if comm.is_main else [0.0] * 4)
     bar = ProgressBar("train", len(bounds), comm.is_main)
     for k in range(position.step, len(bounds)):
@@ -371,7 +373,7 @@ def evaluate(
         TrainingError: the workers have not counted every image exactly once.
     """
     model.eval()
-    parts = torch.arange(len(images), device=comm.device).split(batch)[comm.rank :: comm.size]
+    parts = torch.arange(len(images), device=images.home).split(batch)[comm.rank :: comm.size]
     meter = Meter(comm.device)
     times = StepTimes()
     bar = ProgressBar("valid", len(parts), comm.is_main)
