@@ -33,6 +33,15 @@ except ImportError:
     sys.exit(BAD_INPUT)
 
 
+def _name(kind: str, tensor: Tensor) -> str:
+    """What the workers call an exchange: the same each time, so that it stays in the cache.
+
+    Horovod's own names are numbers that a worker counts up from its start, and elastic workers do
+    not start together.
+    """
+    return f"{kind} {tensor.dtype} {tuple(tensor.shape)}"
+
+
 class HorovodComm(Comm):
     """Horovod: NCCL between GPUs where it was built with it, Gloo or MPI between processes.
 
@@ -75,7 +84,7 @@ class HorovodComm(Comm):
         """With Horovod Elastic, the state that survives a change of workers is the checkpoint."""
         if not self.elastic:
             return program()
-        self.state = hvd.elastic.ObjectState(hvd.broadcast_object, hvd.rank, regroupings=0)
+        self.state = hvd.elastic.TorchState(regroupings=0)
 
         def begin(state: Any) -> None:
             # A worker that has come later learns here that there is something to go on from.
@@ -118,16 +127,15 @@ class HorovodComm(Comm):
             return super().update(optimizer, allowed)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        return hvd.allreduce_(tensor, op=hvd.Sum)
+        return hvd.allreduce_(tensor, op=hvd.Sum, name=_name("sum", tensor))
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        return hvd.broadcast_(tensor, root_rank=0)
+        return hvd.broadcast_(tensor, root_rank=0, name=_name("broadcast", tensor))
 
     def max_(self, value: int) -> int:
-        return int(hvd.allreduce(torch.tensor(value), op=hvd.Max))
+        return int(hvd.allreduce(torch.tensor(value), op=hvd.Max, name="max"))
 
     def max_later(self, value: int) -> Callable[[], int]:
-        # By a name of its own: each new name would be negotiated and take a place in the cache.
         handle = hvd.allreduce_async(torch.tensor(value), op=hvd.Max, name="max_later")
         return lambda: int(hvd.synchronize(handle))
 

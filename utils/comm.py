@@ -97,6 +97,12 @@ class Comm:
             raise UserError("--adasum: only Horovod has it; use cifar_horovod.py (-f horovod)")
         return model, optimizer
 
+    def settle(self, rehearse: Callable[[], None]) -> None:
+        """Call ``rehearse``, a step without effect, if the engine's first step differs from later.
+
+        The order in which an engine adds up must not depend on where a run was interrupted.
+        """
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """The context of a backward pass that is not the last of its step."""
         return nullcontext()

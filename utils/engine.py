@@ -258,10 +258,17 @@ def run(
     # A look at each step's gradients costs little where the host does the work itself.
     looks = not options.no_exchange and (comm.device.type == "cpu" or options.on_nan == "skip")
     step = Step(comm, wrapped, optimizer, options.amp, passes, options.on_nan if looks else None)
+    first, last = order.share(*bounds[0], comm.rank, comm.size)
+
+    def rehearse() -> None:
+        index = torch.arange(last - first, device=comm.device)
+        crops = torch.zeros(len(train_set), 3, dtype=torch.int64, device=comm.device)
+        step.rehearse(*train_set.batch(index, crops), bounds[0][1])
+
+    comm.settle(rehearse)
     meter = Meter(comm.device)
     graph = None
     if graphed:
-        first, last = order.share(*bounds[0], comm.rank, comm.size)
         recorder = CudaRecorder(comm.device)
         graph = StepGraph(
             step, train_set, meter, last - first, bounds[0][1], comm.graph_warm_up, recorder, say
