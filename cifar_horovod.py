@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 # Read by hvd.init. The response cache must hold every tensor of a model, or each step negotiates
-# them anew: ResNet-1202 has 3,611 parameters, the default is 1,024.
-os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "8192")
+# them anew: ResNet-1202 has 3,611 parameters, the default is 1,024. Elastic workers go without: a
+# worker that stays keeps its cache, one that comes has none, and they would fuse tensors otherwise.
+os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0" if "HOROVOD_ELASTIC" in os.environ else "8192")
 
 import torch
 from torch import Tensor, nn
