@@ -420,9 +420,9 @@ class TestRequests:
         assert (process.returncode, err) == (75, "")
 
     def test_sigterm_after_sigusr1_does_not_cut_the_save_short(self, workers):
-        process, _ = workers("go_on()")
+        process, _ = workers("while not asked:\n    time.sleep(0.02)\ntime.sleep(1)\nleave(75)")
         process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
+        time.sleep(0.7)
         process.terminate()
         assert process.wait(10) == 75
 
@@ -465,16 +465,17 @@ class TestStalls:
         assert marked_processes() <= before
 
     def test_a_stopped_worker_is_named_and_the_job_started_again(self, workers):
+        """Although it has begun more than the other one."""
         body = (
             "if 'CIFAR_RESTARTS' in os.environ:\n    leave(0)\n"
-            "watch.beat('evaluating')\nif rank == 0:\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
-            "watch.beat('saving')\nforever()"
+            "watch.beat('evaluating')\nif rank == 0:\n    watch.beat('saving')\n"
+            "    os.kill(os.getpid(), signal.SIGSTOP)\nforever()"
         )
         process, (first, _) = workers(body, timeout=1, options=("--max-restarts", 1))
         _, err = process.communicate(timeout=20)
         assert process.returncode == 0
         assert err == (
-            f"rank 0 (process {first}) has not gone on for 1 s (evaluating, stopped by a signal); "
+            f"rank 0 (process {first}) has not gone on for 1 s (saving, stopped by a signal); "
             "restart 1 of 1 from the newest checkpoint\n"
         )
 
@@ -496,11 +497,16 @@ class TestStalls:
     def test_time_in_which_the_supervisor_itself_was_stopped_does_not_count(self, workers):
         """As when the machine or the container was suspended."""
         body = "for k in range(30):\n    watch.beat(f'step {k}')\n    time.sleep(0.1)\nleave(0)"
-        process, ranks = workers(body, timeout=1.5)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for stopped in (*ranks, process.pid)[:: 1 if number == signal.SIGSTOP else -1]:
+        process, ranks = workers(body, timeout=2.5)
+        time.sleep(0.4)  # until they have begun
+        for number, then in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):
+            first, last = ([process.pid], ranks)[:: -1 if number == signal.SIGSTOP else 1]
+            for stopped in first:
                 os.kill(stopped, number)
-            time.sleep(2.5)
+            time.sleep(0.4)  # until all that was said has been heard
+            for stopped in last:
+                os.kill(stopped, number)
+            time.sleep(then)
         assert process.communicate(timeout=20)[1] == ""
         assert process.returncode == 0
 

@@ -63,7 +63,8 @@ def test_who_leaves_says_with_which_code(listener):
 
 def test_ten_thousand_beats_unread_hold_up_nobody_and_what_must_arrive_does(listener):
     body = "w = Watch()\nw.begin(0, 1)\nfor _ in range(10_000): w.beat('step')"
-    body += "\nos.write(1, b'done\\n')\nw.idle()\nsys.stdin.read()\nos._exit(0)"
+    body += "\nfrom threading import Timer\nTimer(0.3, os.write, (1, b'done\\n')).start()"
+    body += "\nw.idle()\nsys.stdin.read()\nos._exit(0)"
     with worker(listener, body):
         (seen,) = listener.workers
         assert 100 < seen.count <= 10_000
