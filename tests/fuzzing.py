@@ -35,10 +35,6 @@ Case = tuple[str, Callable[[], str]]  # its name, and what reads it
 LIMIT = 30  # seconds for one case, on a busy machine
 MEMORY = 4 << 30  # bytes beyond what the libraries take
 
-# A damaged checkpoint of this suite is to be refused, or to be read as if it were whole. Without
-# digests a changed weight goes unnoticed.
-CHECKS_DIGEST = True
-
 
 # --- damage --------------------------------------------------------------------------------------
 
@@ -160,7 +156,7 @@ def state() -> dict[str, Any]:
     weights = {f"layers.{i}.weight": torch.randn(8, 3 + i) for i in range(4)}
     buffers = {str(i): {"momentum_buffer": torch.randn(8, 3 + i)} for i in range(4)}
     return {
-        "format": 1,
+        "format": checkpoint.FORMAT,
         "arch": "resnet",
         "classes": ["cat", "dog"],
         "options": {"lr": 0.1, "schedule": [81, 122], "resume": None, "nesterov": False},
@@ -216,7 +212,6 @@ class Checkpoints:
         assert type(found) is dict
         if same(found, self.wanted):
             return "loaded"
-        assert not CHECKS_DIGEST, "a damaged checkpoint was loaded as if it were good"
         return "changed"
 
 
@@ -362,6 +357,22 @@ def hostile_checkpoints(folder: Path, marker: Path) -> Iterator[Case]:
         "getattr": Payload(getattr, Payload(__import__, "os"), "system"),
         "torch.load": Payload(torch.load, str(marker)),
     }
+    odd = {
+        "a sparse tensor": {"more": torch.eye(3).to_sparse()},
+        "a tensor without content": {"more": torch.empty(3, device="meta")},
+        "a tensor of 1 TB": {"more": torch.zeros(1).expand(1 << 38)},
+        "weights of 1 TB": {"state_dict": {"weight": torch.zeros(1).expand(1 << 38)}},
+        "a quantised tensor": {"more": torch.quantize_per_tensor(torch.ones(3), 1, 0, torch.qint8)},
+        "numbers for names": {"state_dict": {1: torch.ones(3)}},
+        "no weights": {"state_dict": {"weight": [1, 2]}},
+        "a word for a number": {"format": "two"},
+        "the digest of another": {"digest": "0" * 64},
+    }
+    for name, changes in odd.items():
+        torch.save({**state(), **changes}, cases.path)
+        yield f"{name}, without a digest", cases.read
+        torch.save({**state(), **changes, "format": 1}, cases.path)
+        yield f"{name}, older", cases.read
     for name, payload in payloads.items():
         checkpoint.save(folder, {**state(), "more": payload}, is_best=False)
         yield f"{name}, saved", cases.read
@@ -427,15 +438,19 @@ def run_cases(watch: Watch, cases: Iterable[Case], note: Callable[[str], Any]) -
     """Read each case; what came of them."""
     results: dict[str, int] = {}
     times: dict[str, float] = {}
+    changed = []
     for name, read in cases:
         note(name)
         before = time.perf_counter()
         result = read_watched(watch, read)
         times[name] = time.perf_counter() - before
         results[result] = results.get(result, 0) + 1
+        if result == "changed":
+            changed.append(name)
     return {
         "cases": len(times),
         **results,
+        "changed": changed,
         "mean_ms": round(1e3 * sum(times.values()) / len(times), 2),
         "longest_ms": round(1e3 * max(times.values()), 1),
         "longest": max(times, key=times.__getitem__),
@@ -456,6 +471,7 @@ def main() -> None:
 
     def numbered(stem: str, numbers: range) -> Iterator[Case]:
         for number in numbers:
+            case.write_text(f"{stem}{number}")
             cases.write(random.Random(f"{stem}{number}"))
             yield f"{stem}{number}", cases.read
 
