@@ -81,8 +81,8 @@ def train_one_epoch(
     """
     step.model.train()
     epoch = position.epoch
-    sequence = _to(order.permutation(len(images), seed_of_run, epoch), comm.device)
-    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), comm.device)
+    sequence = _to(order.permutation(len(images), seed_of_run, epoch), images.home)
+    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), images.home)
     meter.start_from(position.sums, comm)
     bar = ProgressBar("train", len(bounds), comm.is_main)
     for k in range(position.step, len(bounds)):
