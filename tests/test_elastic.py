@@ -14,8 +14,18 @@ from utils import checkpoint
 PRECISE = [*COMMON, *MODELS["alexnet"], "--dtype", "float64", "--epochs", "4"]
 
 
-def start(folder, *options):
-    """The launcher with Horovod, in the background."""
+@pytest.fixture
+def start():
+    """Start the launcher with Horovod in the background; at the end of the test it is killed."""
+    pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+    started = []
+    yield lambda *words: started.append(launch(*words)) or started[-1]
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def launch(folder, *options):
     command = [
         ROOT / "launcher.sh", "-m", "alexnet", "-d", "synthetic10", "-f", "horovod", *options,
         "--", *PRECISE, "-c", folder,
@@ -27,7 +37,7 @@ def start(folder, *options):
 
 
 def wait_for(path):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 150
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
@@ -35,10 +45,7 @@ def wait_for(path):
 
 def check(process, train, folder, alone, sizes):
     """It has ended well, with these numbers of workers, and trained what one process trains."""
-    try:
-        out, err = process.communicate(timeout=150)
-    finally:
-        process.kill()
+    out, err = process.communicate(timeout=200)
     assert process.returncode == 0, out + err
     shown = [line.split()[1] for line in out.splitlines() if line.startswith("workers ")]
     assert shown == sizes
@@ -50,9 +57,8 @@ def check(process, train, folder, alone, sizes):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_lost_worker_leaves_the_others_training(train, tmp_path):
-    pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+@pytest.mark.timeout(600)
+def test_a_lost_worker_leaves_the_others_training(start, train, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, "-n", "2", "--min-np", "1", "--hosts", "localhost:1,127.0.0.1:1")
     wait_for(folder / checkpoint.LATEST)
@@ -61,9 +67,8 @@ def test_a_lost_worker_leaves_the_others_training(train, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_new_host_is_taken_in_after_a_save(train, tmp_path):
-    pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+@pytest.mark.timeout(600)
+def test_a_new_host_is_taken_in_after_a_save(start, train, tmp_path):
     folder, hosts, program = (tmp_path / name for name in ("run", "hosts", "discover"))
     hosts.write_text("localhost:1\n")
     program.write_text(f"#!/bin/sh\ncat '{hosts}'\n")
