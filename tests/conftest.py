@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +64,14 @@ def marked_processes() -> set[int]:
     return found
 
 
+def wait_until(condition, seconds=10) -> None:
+    """Wait for a condition to come about; a test that waits in vain fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "has not come about in time"
+        time.sleep(0.02)
+
+
 def kill(processes) -> None:
     for process in processes:
         with contextlib.suppress(ProcessLookupError):
@@ -115,5 +124,35 @@ def launch(engine):
         words = [script, SCRIPTS[engine].removesuffix(".py")] if script else [SCRIPTS[engine]]
         command = engine_command(engine, workers, str(ROOT / words[0]), *words[1:])
         return run([*command, *arguments], **options)
+
+    return start
+
+
+# Runs of a few seconds that tests interrupt: 197 images in batches of 32, two epochs of 7 steps.
+COMMON = [
+    "-d", "synthetic10", "--train-size", "197", "--test-size", "50", "--train-batch", "32",
+    "--epochs", "2", "--schedule", "1", "--lr", "0.02", "--save-every", "3",
+]  # fmt: skip
+MODELS = {
+    "alexnet": ["-a", "alexnet"],
+    "resnet": ["-a", "resnet", "--depth", "8"],
+    "wrn with dropout": ["-a", "wrn", "--depth", "10", "--widen-factor", "1", "--drop", "0.3"],
+}
+
+
+@pytest.fixture
+def train():
+    """Run the script of an engine in a folder as the launcher does, with a fault planted or not."""
+
+    def start(folder, model, engine, workers, *more, fault="none", restarts=0):
+        if engine == "horovod":
+            pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+        script = SCRIPTS[engine].removesuffix(".py")
+        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"), fault, script)
+        if engine != "serial":
+            tagged = ["--tagged"] if engine == "horovod" else []
+            supervise = [sys.executable, str(ROOT / "utils" / "supervise.py"), *tagged]
+            words = [*supervise, "--max-restarts", str(restarts), "--", *words]
+        return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
 
     return start

@@ -105,19 +105,20 @@ def test_a_graph_is_not_wanted_where_it_cannot_work():
     comm = Comm()
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     comm.device = cpu
-    assert wants_graph("auto", comm, 1, cpu) == (False, "")
-    assert wants_graph("on", comm, 1, cpu) == (False, "it needs a GPU")
+    assert wants_graph("auto", comm, 1, cpu, "stop") == (False, "")
+    assert wants_graph("on", comm, 1, cpu, "stop") == (False, "it needs a GPU")
     comm.device = gpu
-    assert wants_graph("auto", comm, 1, gpu) == (True, "")
-    assert wants_graph("off", comm, 1, gpu) == (False, "")
-    assert wants_graph("auto", comm, 1, cpu) == (False, "")
-    assert "--resident" in wants_graph("on", comm, 1, cpu)[1]
-    assert not wants_graph("on", comm, 2, gpu)[0]
+    assert wants_graph("auto", comm, 1, gpu, "stop") == (True, "")
+    assert wants_graph("off", comm, 1, gpu, "stop") == (False, "")
+    assert wants_graph("auto", comm, 1, cpu, "stop") == (False, "")
+    assert "--resident" in wants_graph("on", comm, 1, cpu, "stop")[1]
+    assert "--on-nan" in wants_graph("on", comm, 1, gpu, "skip")[1]
+    assert not wants_graph("on", comm, 2, gpu, "stop")[0]
     comm.size = 2
-    assert wants_graph("auto", comm, 1, gpu) == (False, "")
-    assert wants_graph("on", comm, 1, gpu) == (True, "")
+    assert wants_graph("auto", comm, 1, gpu, "stop") == (False, "")
+    assert wants_graph("on", comm, 1, gpu, "stop") == (True, "")
     comm.graph_warm_up = 0
-    assert "captured" in wants_graph("on", comm, 1, gpu)[1]
+    assert "captured" in wants_graph("on", comm, 1, gpu, "stop")[1]
 
 
 def test_the_rate_is_a_number_in_every_checkpoint():

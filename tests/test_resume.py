@@ -5,24 +5,16 @@ import random
 
 import pytest
 import torch
+from conftest import COMMON, MODELS
 
-from tools.arms import ROOT, SCRIPTS, engine_command
+from tools.arms import ROOT, engine_command
 from tools.planted import MISTAKES
 from utils import checkpoint
 from utils.errors import UserError
 from utils.options import parse_args
 from utils.startup import Saved, start_position
 
-COMMON = [
-    "-d", "synthetic10", "--train-size", "197", "--test-size", "50", "--train-batch", "32",
-    "--epochs", "2", "--schedule", "1", "--lr", "0.02", "--save-every", "3",
-]  # fmt: skip
 STEPS = 2 * 7  # 197 images in batches of 32, two epochs
-MODELS = {
-    "alexnet": ["-a", "alexnet"],
-    "resnet": ["-a", "resnet", "--depth", "8"],
-    "wrn with dropout": ["-a", "wrn", "--depth", "10", "--widen-factor", "1", "--drop", "0.3"],
-}
 FAST = [
     ("alexnet", "dist", 2, 5),
     ("wrn with dropout", "serial", 1, 10),
@@ -42,26 +34,11 @@ def random_cases() -> list[tuple[str, str, int, int]]:
     return cases
 
 
-@pytest.fixture
-def train(run):
-    """Run the script of an engine in a folder, killed after some steps or not."""
-
-    def start(folder, model, engine, workers, *more, kill_at=None):
-        if engine == "horovod":
-            pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
-        script = SCRIPTS[engine].removesuffix(".py")
-        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"))
-        words += ["none" if kill_at is None else f"kill-{kill_at}", script]
-        return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
-
-    return start
-
-
 def check(train, tmp_path, model, engine, workers, kill_at):
     untouched, killed = tmp_path / "untouched", tmp_path / "killed"
     result = train(untouched, model, engine, workers)
     assert result.returncode == 0, result.stderr
-    assert train(killed, model, engine, workers, kill_at=kill_at).returncode != 0
+    assert train(killed, model, engine, workers, fault=f"kill-{kill_at}").returncode != 0
     result = train(killed, model, engine, workers, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     same(untouched, killed)
@@ -128,7 +105,7 @@ def test_a_run_goes_on_inside_an_epoch_with_other_workers_of_another_engine(
     precise = ("--dtype", "float64")
     alone, folder = tmp_path / "alone", tmp_path / "relay"
     assert train(alone, "alexnet", "serial", 1, *precise).returncode == 0
-    assert train(folder, "alexnet", *first, *precise, kill_at=5).returncode != 0
+    assert train(folder, "alexnet", *first, *precise, fault="kill-5").returncode != 0
     result = train(folder, "alexnet", *then, *precise, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert "after epoch 0, step 3" in result.stdout

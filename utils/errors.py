@@ -1,7 +1,17 @@
 """The exceptions that have a meaning for the user, and the exit codes they stand for."""
 
-# 0 finished, 2 bad input, 3 training failed, 130 ended by Ctrl-C
-BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+# 0 finished, 1 an unexpected exception, which another try from the newest checkpoint may survive,
+# 2 bad input, 3 training failed, 75 stopped by a signal after a save: run me again, 130 ended by
+# Ctrl-C. The launcher's are the same without 1.
+CRASHED, BAD_INPUT, FAILED, RUN_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
+
+
+def one_line(text: str) -> str:
+    """The text with line breaks and all else that would disturb a terminal or a log escaped.
+
+    Names of files and answers of servers may hold such characters, and bytes that are no UTF-8.
+    """
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class UserError(Exception):
@@ -11,9 +21,30 @@ class UserError(Exception):
     written by then.
     """
 
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
 
 class TrainingError(Exception):
     """Training cannot go on: one line that says where and why. Exit code 3."""
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is NaN or infinite; the same on all workers.
+
+    Attributes:
+        rank: a worker whose own loss is not finite; None if it is the gradient, or unknown.
+        step: of the epoch, counted from 0.
+    """
+
+    def __init__(self, rank: int | None, step: int = 0) -> None:
+        super().__init__("not finite")
+        self.rank = rank
+        self.step = step
+
+
+class Interrupted(Exception):
+    """A signal has asked the run to stop; all workers have agreed on it at the same step."""
 
 
 class PeerFailed(Exception):

@@ -61,7 +61,9 @@ class CudaRecorder:
         return graph.replay
 
 
-def wants_graph(choice: str, comm: Comm, passes: int, home: torch.device) -> tuple[bool, str]:
+def wants_graph(
+    choice: str, comm: Comm, passes: int, home: torch.device, on_nan: str
+) -> tuple[bool, str]:
     """Whether to record the step, and why not where that was asked for.
 
     Args:
@@ -69,12 +71,14 @@ def wants_graph(choice: str, comm: Comm, passes: int, home: torch.device) -> tup
         comm: the engine.
         passes: backward passes of a step.
         home: where the training set lives; the gather of a batch is a part of the graph.
+        on_nan: --on-nan; "skip" decides on each step after its backward pass.
     """
     obstacles = [
         (comm.device.type != "cuda", "it needs a GPU"),
         (not comm.graph_warm_up, f"{comm.name} cannot be captured"),
         (home != comm.device, "the images stay in main memory (--resident)"),
         (passes > 1, "--backward-passes-per-step seeds each pass anew"),
+        (on_nan == "skip", "--on-nan skip looks at every step"),
     ]
     why = next((text for wrong, text in obstacles if wrong), "")
     wanted = choice == "on" or (choice == "auto" and comm.size == 1)
