@@ -8,8 +8,18 @@ class UserError(Exception):
     """Bad input: one line that names the flag, its value and the way out.
 
     The main program prints it as ``error: <message>`` and exits with code 2; nothing has been
-    written by then.
+    written by then. Whatever a value brings into the message, it stays a line that can be read.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str, most: int = 400) -> str:
+    """The text with what cannot be printed escaped; of a long one the middle is left out."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    half = most // 2 - 2
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
 
 
 class TrainingError(Exception):
