@@ -58,9 +58,9 @@ PATHS = ["some/folder", "bäume und 木"]
 
 # int() or float() takes many of these.
 NO_NUMBER = [
-    "", " ", "x", "nan", "-nan", "inf", "-inf", "infinity", "1e999", "-1e999", "0x10", "１２", "٣",
+    "", " ", "x", "nan", "-nan", "inf", "-inf", "infinity", "1e999", "-1e999", "0x10", "\uff11\uff12", "٣",
     "²", "1_000", " 5", "5 ", "5\n", "\t5", "1,5", "1e", "e1", "--", "+-1", "True", "None", "1\0",
-    "1" + "0" * 30, "9" * 5000, "-1", "-0.5", "-" + "9" * 5000, "$(id)", "5;id", "５", "1٫5",
+    "1" + "0" * 30, "9" * 5000, "-1", "-0.5", "-" + "9" * 5000, "$(id)", "5;id", "\uff15", "1\u066b5",
 ]  # fmt: skip
 NO_WHOLE_NUMBER = ["1.5", "1.0", "1e3", ".5"]
 NO_PATH = [
@@ -347,7 +347,7 @@ LAUNCHER_SWITCHES = {"--yes", "--list", "--dry-run", "--compare", "--verify", "-
 NO_VALUE = [
     "", " ", "*", "?", "[a-z]", "~", '"', "'", "\\", "$(touch marker)", "`touch marker`",
     ";touch marker", "&touch marker", "|touch marker", "${IFS}", "$HOME", "a b", "a\nb", "a\rb",
-    "a\x1b[31mb", os.fsdecode(b"\xff\xc3"), "１", "-x", "--", "--dry-run", "0x1", "1e3", "1_0",
+    "a\x1b[31mb", os.fsdecode(b"\xff\xc3"), "\uff11", "-x", "--", "--dry-run", "0x1", "1e3", "1_0",
     "1" + "0" * 30, "-1", "1.5", ",", ":", "x" * 100_000, "../..", "%s%n", "!!", "{1..9}",
     "-oProxyCommand=touch marker:1", "a:1,-oProxyCommand=touch marker:1", "a:1:1", "localhost",
 ]  # fmt: skip
