@@ -11,6 +11,7 @@ program itself is utils/engine.py, shared with cifar_horovod.py.
 
 import inspect
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
@@ -44,7 +45,7 @@ class TorchComm(Comm):
     Without a launcher, that is without WORLD_SIZE in the environment, it is the serial engine.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 600.0) -> None:
         self.launched = "WORLD_SIZE" in os.environ
         if self.launched:
             end_with_parent()  # no worker outlives a launcher that is killed
@@ -52,17 +53,24 @@ class TorchComm(Comm):
             self.size = int(os.environ["WORLD_SIZE"])
             self.local_rank = int(os.environ["LOCAL_RANK"])
             self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
-        super().__init__()
+        super().__init__(timeout)
         if self.launched:
             backend = "nccl" if self.device.type == "cuda" else "gloo"
             self.name = f"DistributedDataParallel, {backend}"
             self.graph_warm_up = 11  # its documentation asks for 11, and for a side stream below
-            dist.init_process_group(backend)
+            # A supervisor looks for stalled workers after the timeout, and can say which; this
+            # is for runs without one.
+            limit = timedelta(seconds=timeout + 15)
+            dist.init_process_group(backend, timeout=limit)
+            self.control: Any = dist.new_group(backend="gloo", timeout=limit)
             self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
     @classmethod
     def launched_rank(cls) -> int:
         return int(os.environ.get("RANK", 0))
+
+    def restarts(self) -> int:
+        return super().restarts() + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
@@ -101,6 +109,18 @@ class TorchComm(Comm):
         highest = torch.tensor(value)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.patient)
         return int(highest)
+
+    def max_later(self, value: int) -> Callable[[], int]:
+        if not self.launched:
+            return lambda: value
+        highest = torch.tensor(value)
+        work = dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.control, async_op=True)
+
+        def wait() -> int:
+            work.wait()
+            return int(highest)
+
+        return wait
 
     def lost_peer(self, error: Exception) -> bool:
         text = str(error)

@@ -10,6 +10,8 @@ program itself is utils/engine.py, shared with cifar.py.
 
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 # Read by hvd.init. The response cache must hold every tensor of a model, or each step negotiates
 # them anew: ResNet-1202 has 3,611 parameters, the default is 1,024.
@@ -39,21 +41,55 @@ class HorovodComm(Comm):
 
     graph_warm_up = 0
     sends_any_layout = False
+    adasum = False
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 600.0) -> None:
+        if not torch.cuda.is_available():
+            # Horovod's background thread meets the others once in a cycle, whether there is
+            # something to send or not. On a machine whose cores compute, a cycle of 1 ms costs
+            # them an eighth of their time; steps there take tenths of a second.
+            os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
         hvd.init()
+        self.elastic = "HOROVOD_ELASTIC" in os.environ
+        self.regroupings = 0
         if hvd.rank() == 0 and "CIFAR_TERMINAL" in os.environ:
             # horovodrun pipes its workers' output; the progress bar needs the terminal itself.
             terminal = os.open(os.environ["CIFAR_TERMINAL"], os.O_WRONLY | os.O_NOCTTY)
             os.dup2(terminal, sys.stdout.fileno())
+        self._take_place()
+        super().__init__(timeout)
+        self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
+
+    def _take_place(self) -> None:
         self.rank, self.size = hvd.rank(), hvd.size()
         self.local_rank, self.local_size = hvd.local_rank(), hvd.local_size()
-        super().__init__()
-        self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
 
     @classmethod
     def launched_rank(cls) -> int:
         return int(os.environ.get("HOROVOD_RANK", 0))
+
+    def restarts(self) -> int:
+        return super().restarts() + self.regroupings
+
+    def run(self, program: Callable[[], None]) -> None:
+        """With Horovod Elastic, the state that survives a change of workers is the checkpoint."""
+        if not self.elastic:
+            return program()
+        self.state = hvd.elastic.ObjectState(hvd.broadcast_object, hvd.rank, regroupings=0)
+
+        def begin(state: Any) -> None:
+            # A worker that has come later learns here that there is something to go on from.
+            self._take_place()
+            self.regroupings = state.regroupings
+            state.regroupings += 1
+            state.save()
+            program()
+
+        return hvd.elastic.run(begin)(self.state)
+
+    def may_regroup(self) -> None:
+        if self.elastic:
+            self.state.check_host_updates()
 
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
@@ -63,6 +99,7 @@ class HorovodComm(Comm):
                 "--adasum: needs Horovod built and run with MPI, and 2, 4, 8, ... workers; leave "
                 "it out"
             )
+        self.adasum = exchange.adasum
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # buffers included
         optimizer = hvd.DistributedOptimizer(  # its hooks all-reduce during backward
             optimizer,
@@ -73,6 +110,13 @@ class HorovodComm(Comm):
         )
         return model, optimizer
 
+    def update(self, optimizer: Optimizer, allowed: Callable[[], bool]) -> bool:
+        if not hasattr(optimizer, "skip_synchronize") or self.adasum:
+            return super().update(optimizer, allowed)  # Adasum exchanges inside the update
+        optimizer.synchronize()  # type: ignore[attr-defined]  # waits for the all-reduce
+        with optimizer.skip_synchronize():
+            return super().update(optimizer, allowed)
+
     def sum_(self, tensor: Tensor) -> Tensor:
         return hvd.allreduce_(tensor, op=hvd.Sum)
 
@@ -81,6 +125,11 @@ class HorovodComm(Comm):
 
     def max_(self, value: int) -> int:
         return int(hvd.allreduce(torch.tensor(value), op=hvd.Max))
+
+    def max_later(self, value: int) -> Callable[[], int]:
+        # By a name of its own: each new name would be negotiated and take a place in the cache.
+        handle = hvd.allreduce_async(torch.tensor(value), op=hvd.Max, name="max_later")
+        return lambda: int(hvd.synchronize(handle))
 
     def lost_peer(self, error: Exception) -> bool:
         return isinstance(error, HorovodInternalError)

@@ -17,7 +17,6 @@ from bench.common import Ratio, Result, Settings, draw_ratios, measure, ratio, t
 from utils import order, synthetic
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
-from utils.engine import train_one_epoch
 from utils.metrics import Meter
 from utils.optim import build_optimizer
 from utils.options import parse_args
@@ -26,6 +25,7 @@ from utils.recipes import Recipe, find_recipe
 from utils.startup import PAD, build_model, make_reproducible
 from utils.step import Step
 from utils.trace import StepTimes
+from utils.training import train_one_epoch
 
 # Batch on a CPU, where a step of the wide networks with 128 images would take half a minute.
 BATCHES = {

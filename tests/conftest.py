@@ -117,3 +117,30 @@ def launch(engine):
         return run([*command, *arguments], **options)
 
     return start
+
+
+# Runs of a few seconds that tests interrupt: 197 images in batches of 32, two epochs of 7 steps.
+COMMON = [
+    "-d", "synthetic10", "--train-size", "197", "--test-size", "50", "--train-batch", "32",
+    "--epochs", "2", "--schedule", "1", "--lr", "0.02", "--save-every", "3",
+]  # fmt: skip
+MODELS = {
+    "alexnet": ["-a", "alexnet"],
+    "resnet": ["-a", "resnet", "--depth", "8"],
+    "wrn with dropout": ["-a", "wrn", "--depth", "10", "--widen-factor", "1", "--drop", "0.3"],
+}
+
+
+@pytest.fixture
+def train():
+    """Run the script of an engine in a folder, killed after some steps, or with a fault."""
+
+    def start(folder, model, engine, workers, *more, kill_at=None, fault="none"):
+        if engine == "horovod":
+            pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
+        script = SCRIPTS[engine].removesuffix(".py")
+        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"))
+        words += [fault if kill_at is None else f"kill-{kill_at}", script]
+        return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
+
+    return start

@@ -22,8 +22,9 @@ from tools.arms import engine_class
 from utils import order
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
-from utils.engine import evaluate, leave
+from utils.engine import leave
 from utils.errors import PeerFailed, UserError
+from utils.evaluation import evaluate
 from utils.memory_format import lay_out
 from utils.optim import build_optimizer
 from utils.step import Step
@@ -52,9 +53,11 @@ def check_buffers_become_the_average(comm: Comm) -> None:
     for buffer in model.buffers():
         buffer.fill_(comm.rank + 1)
     counter = int(model[0].num_batches_tracked)
-    comm.average_buffers(model)
-    mean = (comm.size + 1) / 2
-    assert torch.equal(model[1].running_var, torch.full((5,), mean))
+    with comm.averaged_buffers(model) as rows:
+        mean = (comm.size + 1) / 2
+        assert torch.equal(model[1].running_var, torch.full((5,), mean))
+        assert torch.equal(rows[:, 0], torch.arange(1.0, comm.size + 1))
+    assert torch.equal(model[1].running_var, torch.full((5,), comm.rank + 1.0))
     assert int(model[0].num_batches_tracked) == counter, "counters are no averages"
 
 

@@ -5,24 +5,16 @@ import random
 
 import pytest
 import torch
+from conftest import COMMON, MODELS
 
-from tools.arms import ROOT, SCRIPTS, engine_command
+from tools.arms import ROOT, engine_command
 from tools.planted import MISTAKES
 from utils import checkpoint
 from utils.errors import UserError
 from utils.options import parse_args
 from utils.startup import Saved, start_position
 
-COMMON = [
-    "-d", "synthetic10", "--train-size", "197", "--test-size", "50", "--train-batch", "32",
-    "--epochs", "2", "--schedule", "1", "--lr", "0.02", "--save-every", "3",
-]  # fmt: skip
 STEPS = 2 * 7  # 197 images in batches of 32, two epochs
-MODELS = {
-    "alexnet": ["-a", "alexnet"],
-    "resnet": ["-a", "resnet", "--depth", "8"],
-    "wrn with dropout": ["-a", "wrn", "--depth", "10", "--widen-factor", "1", "--drop", "0.3"],
-}
 FAST = [
     ("alexnet", "dist", 2, 5),
     ("wrn with dropout", "serial", 1, 10),
@@ -40,21 +32,6 @@ def random_cases() -> list[tuple[str, str, int, int]]:
         workers = 1 if engine == "serial" else draw.choice((1, 2))
         cases.append((draw.choice(list(MODELS)), engine, workers, draw.randrange(STEPS)))
     return cases
-
-
-@pytest.fixture
-def train(run):
-    """Run the script of an engine in a folder, killed after some steps or not."""
-
-    def start(folder, model, engine, workers, *more, kill_at=None):
-        if engine == "horovod":
-            pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
-        script = SCRIPTS[engine].removesuffix(".py")
-        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"))
-        words += ["none" if kill_at is None else f"kill-{kill_at}", script]
-        return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
-
-    return start
 
 
 def check(train, tmp_path, model, engine, workers, kill_at):

@@ -1,14 +1,16 @@
-"""Runs a training script with one mistake planted in it, to prove that a check would find it.
+"""Runs a training script with mistakes or faults planted in it, to prove what a check would find.
 
-    python tools/planted.py MISTAKE SCRIPT ARGUMENTS...
+    python tools/planted.py MISTAKE[+MISTAKE...] SCRIPT ARGUMENTS...
 
-Each mistake is one that projects of this kind have really made. They are patches from outside:
-nothing in the training code knows of them.
+Each mistake is one that projects of this kind have really made; the faults are those of machines
+and users. They are patches from outside: nothing in the training code knows of them.
 """
 
 import os
+import resource
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import numpy as np
 import torch
 
 from tools.arms import engine_class
-from utils import engine, order, startup
+from utils import engine, evaluation, order, startup
 from utils.comm import Comm
 from utils.step import Step
 
@@ -58,7 +60,7 @@ def lost_momentum() -> None:
 
 def padded_evaluation() -> None:
     """The test set is filled up until all workers have equally many images."""
-    real = engine.evaluate
+    real = evaluation.evaluate
 
     def evaluate(model: Any, images: Any, batch: int, amp: str, comm: Comm, *rest: Any) -> Any:
         missing = -len(images) % comm.size
@@ -68,7 +70,7 @@ def padded_evaluation() -> None:
         padded.windows, padded.labels = images.windows[index], images.labels[index]
         return real(model, padded, batch, amp, comm, *rest)
 
-    engine.evaluate = evaluate
+    evaluation.evaluate = evaluate
 
 
 def lost_rate() -> None:
@@ -84,32 +86,95 @@ def lost_rate() -> None:
     engine.start_position = start
 
 
-def _kill_at_step(number: int) -> None:
-    """kill-N: the process ends without warning after N steps, as by kill -9."""
+def _before_step(number: int, action: Callable[[Step, list[Any]], Any], whole: bool) -> None:
+    """Do something before step ``number``, on all workers or on the last one only, once.
+
+    The action gets the step and its arguments: images and labels first.
+    """
     real, done = Step.__call__, [0]
 
-    def call(self: Step, *arguments: Any) -> Any:
-        if done[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def call(self: Step, *arguments: Any, **named: Any) -> Any:
+        given = list(arguments)
+        if done[0] == number and (whole or self.comm.rank == self.comm.size - 1):
+            action(self, given)
         done[0] += 1
-        return real(self, *arguments)
+        return real(self, *given, **named)
 
     Step.__call__ = call
 
 
-def _one_bit(number: int) -> None:
-    """flip-N: after N steps one value on the last rank differs in its last bit."""
-    real, done = Step.__call__, [0]
+def _send(name: str) -> Callable[..., None]:
+    return lambda *_: os.kill(os.getpid(), getattr(signal, name))
 
-    def call(self: Step, *arguments: Any) -> Any:
-        done[0] += 1
-        if done[0] == number and self.comm.rank == self.comm.size - 1:
-            value = list(self.model.parameters())[-1].detach().view(-1)[:1]
-            value.copy_(torch.from_numpy(np.nextafter(value.numpy(), np.inf)))
-        return real(self, *arguments)
 
-    Step.__call__ = call
+def _flip_last_bit(step: Step, _: Any) -> None:
+    value = list(step.model.parameters())[-1].detach().view(-1)[:1]
+    value.copy_(torch.from_numpy(np.nextafter(value.numpy(), np.inf)))
 
+
+def _spoil(_: Step, arguments: list[Any]) -> None:
+    arguments[0] = arguments[0] * float("nan")
+
+
+def _fail(*_: Any) -> None:
+    raise RuntimeError("planted")
+
+
+def _stand_still(*_: Any) -> None:
+    time.sleep(1000)
+
+
+def _fill_disk(*_: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
+
+
+def _empty_disk(*_: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+def in_evaluation(name: str) -> None:
+    """A signal comes in the first evaluation."""
+    real, sent = evaluation.ImageSet.batch, [False]
+
+    def batch(self: Any, index: Any, augmentation: Any = None) -> Any:
+        if augmentation is None and not sent[0]:
+            sent[0] = True
+            os.kill(os.getpid(), getattr(signal, name))
+        return real(self, index, augmentation)
+
+    evaluation.ImageSet.batch = batch
+
+
+def other_option(*_: Any) -> None:
+    """The last worker is started with another learning rate."""
+    real = engine.parse_args
+
+    def parse(argv: Any) -> Any:
+        options = real(argv)
+        rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
+        if rank == int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", 1))) - 1:
+            options.lr *= 2
+        return options
+
+    engine.parse_args = parse
+
+
+# By name, what happens before step N for NAME-N, and whether on all workers.
+AT_STEP: dict[str, tuple[Callable[..., Any], bool]] = {
+    "kill": (_send("SIGKILL"), True),
+    "kill-one": (_send("SIGKILL"), False),
+    "term": (_send("SIGTERM"), False),
+    "int": (_send("SIGINT"), True),
+    "usr1": (_send("SIGUSR1"), False),
+    "usr2": (_send("SIGUSR2"), False),
+    "stop": (_send("SIGSTOP"), False),
+    "flip": (_flip_last_bit, False),
+    "nan": (_spoil, False),
+    "raise": (_fail, False),
+    "sleep": (_stand_still, False),
+    "full": (_fill_disk, True),
+    "free": (_empty_disk, True),
+}
 
 MISTAKES: dict[str, Callable[[], None]] = {
     "same-order": same_order,
@@ -120,17 +185,34 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "lost-rate": lost_rate,
 }
 
+# What no training is to notice but to survive.
+FAULTS: dict[str, Callable[[], None]] = {
+    "term-in-evaluation": lambda: in_evaluation("SIGTERM"),
+    "other-option": other_option,
+}
+
+
+def plant(mistake: str) -> None:
+    """Plant one mistake or fault; several steps are NAME-FIRST..LAST."""
+    kind, _, steps = mistake.rpartition("-")
+    if kind in AT_STEP:
+        action, whole = AT_STEP[kind]
+        first, _, last = steps.partition("..")
+        for number in range(int(first), int(last or first) + 1):
+            _before_step(number, action, whole)
+    elif mistake in FAULTS:
+        FAULTS[mistake]()
+    elif mistake != "none":
+        MISTAKES[mistake]()
+
 
 def main() -> int:
     """Plant the mistake and run the script."""
     # torch.distributed.launch puts the local rank before the other arguments.
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
-    mistake, script, *rest = arguments
-    kind, _, number = mistake.rpartition("-")
-    if kind in ("kill", "flip"):
-        {"kill": _kill_at_step, "flip": _one_bit}[kind](int(number))
-    elif mistake != "none":
-        MISTAKES[mistake]()
+    mistakes, script, *rest = arguments
+    for mistake in mistakes.split("+"):
+        plant(mistake)
     return engine.main(engine_class(script), rest)
 
 

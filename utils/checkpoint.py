@@ -2,10 +2,14 @@
 
 A file holds the keys that users of bearpaw-style scripts know (``epoch`` is the next epoch to
 train, ``state_dict``, ``acc``, ``best_acc``, ``optimizer``) and more beside them; only tensors,
-numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)`` reads it.
+numbers, strings, lists and dicts, so that ``torch.load(weights_only=True)`` reads it. A digest of
+all of it is among them: ``torch.load`` itself does not notice a flipped bit.
 """
 
+import hashlib
+import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,16 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from models import identify
-from utils.comm import Comm
-from utils.errors import UserError
-from utils.files import write_atomically
+from utils.comm import Comm, set_float_buffers
+from utils.errors import NotFinite, UserError
+from utils.files import replace_by_link, write_atomically
 from utils.position import Position
 from utils.provenance import versions
 
-FORMAT = 1
+FORMAT = 2
 LATEST = "checkpoint.pth.tar"
+PREVIOUS = "checkpoint.previous.pth.tar"
+DAMAGED = "checkpoint.damaged.pth.tar"
 BEST = "model_best.pth.tar"
 
 
@@ -34,6 +40,11 @@ class Saver:
         model: the raw model.
         optimizer: as ``comm.wrap`` returned it.
         about: what does not change during a run: architecture, data set, options.
+        say: prints a line.
+
+    Attributes:
+        path: of the newest checkpoint.
+        failed: on rank 0, whether the last save has failed.
     """
 
     def __init__(
@@ -43,18 +54,34 @@ class Saver:
         model: nn.Module,
         optimizer: Optimizer,
         about: dict[str, Any],
+        say: Callable[[str], Any],
     ) -> None:
         self.folder = folder
+        self.path = folder / LATEST
         self.comm = comm
         self.model = model
         self.optimizer = optimizer
         self.about = {"format": FORMAT, **about, "workers": comm.size, "versions": versions()}
+        self.say = say
+        self.failed = False
 
     def save(self, position: Position, is_best: bool) -> None:
-        """Save at a position; every rank must call it, rank 0 writes."""
-        self.comm.average_buffers(self.model)  # one sum over the workers
-        if not self.comm.is_main:
-            return
+        """Save at a position; every rank must call it, rank 0 writes.
+
+        Nothing in the training changes by it. A disk that is full or gone costs this save, not
+        the run: it is reported, and the next save tries again.
+
+        Raises:
+            NotFinite: on all ranks, instead of saving parameters that are not.
+        """
+        if self.comm.max_(int(self.comm.is_main and not _is_finite(self.model))):
+            raise NotFinite(None)
+        with self.comm.averaged_buffers(self.model) as rows:  # one sum over the workers
+            if self.comm.is_main:
+                self._write(position, rows, is_best)
+        self.comm.may_regroup()
+
+    def _write(self, position: Position, rows: Tensor, is_best: bool) -> None:
         state = {
             **self.about,
             "epoch": position.epoch,
@@ -64,9 +91,47 @@ class Saver:
             "best_acc": position.best_acc,
             "best_epoch": position.best_epoch,
             "state_dict": {k: v.contiguous() for k, v in self.model.state_dict().items()},
+            "buffers": rows,
             "optimizer": _with_plain_rate(self.optimizer.state_dict()),
         }
-        save(self.folder, state, is_best)
+        try:
+            save(self.folder, state, is_best)
+            self.failed = False
+        except (OSError, RuntimeError) as error:  # the latter is torch's word for a full disk
+            self.failed = True
+            self.say(
+                f"warning: {self.path} cannot be written ({_why(error, self.folder)}); "
+                "the files of the last save stay, training goes on to the next"
+            )
+
+    def read_back(self) -> dict[str, Any] | None:
+        """The newest good checkpoint of the run, on every rank; None before the first save."""
+
+        def read_newest() -> bytes:
+            found = load_newest(self.folder, self.say, trust=False)
+            return found[1] if found else b""
+
+        content = self.comm.from_main(read_newest)
+        return parse(content, self.path, "", trust=False) if content else None
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go back to a state that ``read_back`` has returned."""
+        load_model(self.model, state, self.path, "the network of this run")
+        load_optimizer(self.optimizer, state, self.path)
+        load_buffers(self.model, state, self.comm)
+
+
+def _why(error: Exception, folder: Path) -> str:
+    why = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+    try:
+        return f"{why}; {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
+    except OSError:
+        return why
+
+
+def _is_finite(model: nn.Module) -> bool:
+    tensors = [t for t in model.state_dict().values() if t.is_floating_point()]
+    return bool(torch.stack([t.isfinite().all() for t in tensors]).all())
 
 
 def _with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
@@ -78,12 +143,46 @@ def _with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
 def save(folder: Path, state: dict[str, Any], is_best: bool) -> None:
     """Write the newest checkpoint, and the best one too where is_best.
 
-    The previous file stays until the new one is complete.
+    The file before stays under its second name. At whatever moment the process is killed, one of
+    the two is complete, and the best one is as new as the newest at least.
     """
-    write_atomically(folder / LATEST, lambda file: torch.save(state, file))
-    if is_best:
-        with (folder / LATEST).open("rb") as source:
-            write_atomically(folder / BEST, lambda file: shutil.copyfileobj(source, file))
+    path = folder / LATEST
+
+    def keep_others(new: Path) -> None:
+        if is_best:
+            replace_by_link(new, folder / BEST)
+        if path.exists():
+            replace_by_link(path, folder / PREVIOUS)
+
+    complete = {**state, "digest": digest(state)}
+    write_atomically(path, lambda file: torch.save(complete, file), keep_others)
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of tensors, numbers and strings in dicts and lists, in hex."""
+    found = hashlib.sha256()
+
+    def feed(value: Any) -> None:
+        if isinstance(value, Tensor):
+            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            flat = value.detach().cpu().contiguous().reshape(-1)
+            found.update(flat.view(torch.uint8).numpy().data)
+        elif isinstance(value, dict):
+            found.update(b"{")
+            for key, item in value.items():
+                feed(key)
+                feed(item)
+            found.update(b"}")
+        elif isinstance(value, list | tuple):
+            found.update(b"[")
+            for item in value:
+                feed(item)
+            found.update(b"]")
+        else:
+            found.update(f"{value!r};".encode(errors="surrogatepass"))
+
+    feed(value)
+    return found.hexdigest()
 
 
 def load(path: Path, flag: str = "--resume", trust: bool = False) -> dict[str, Any]:
@@ -98,10 +197,27 @@ def load(path: Path, flag: str = "--resume", trust: bool = False) -> dict[str, A
     Raises:
         UserError: no such file, damaged, needs code to be read, or of a later format.
     """
+    return parse(read(path, flag), path, flag, trust)
+
+
+def read(path: Path, flag: str = "--resume") -> bytes:
+    """The bytes of a checkpoint file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=not trust)
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
+
+
+def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
+    """What the bytes of a checkpoint file hold; see ``load``. The path is for messages only."""
+    try:
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
     except Exception as error:
         why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "weights_only" in str(error) or "Weights only" in str(error):
@@ -116,15 +232,67 @@ def load(path: Path, flag: str = "--resume", trust: bool = False) -> dict[str, A
         state = {"state_dict": state}
     if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
         raise UserError(f"{flag} {path}: holds no 'state_dict'; name a training checkpoint")
-    if state.get("format", 0) > FORMAT:
+    written = state.get("format", 0)
+    if not isinstance(written, int) or written > FORMAT:
         raise UserError(
-            f"{flag} {path}: written in format {state['format']}, this version reads up to "
+            f"{flag} {path}: written in format {written}, this version reads up to "
             f"{FORMAT}; use a newer version"
         )
+    if written >= 2 and state.pop("digest", None) != digest(state):
+        raise UserError(f"{flag} {path}: damaged (its digest does not fit); name another file")
     state["state_dict"] = {
         key.removeprefix("module."): value for key, value in state["state_dict"].items()
     }
     return state
+
+
+def load_newest(
+    folder: Path, say: Callable[[str], Any], trust: bool
+) -> tuple[Path, bytes, dict[str, Any]] | None:
+    """The newest checkpoint of a run folder that is good: path, bytes and content; None if none is.
+
+    Raises:
+        UserError: there are checkpoints, and all are damaged.
+    """
+    failures = []
+    for path in (folder / LATEST, folder / PREVIOUS):
+        if not path.exists():
+            continue
+        try:
+            content = read(path)
+            state = parse(content, path, "--resume auto", trust)
+        except UserError as error:
+            failures.append(str(error))
+            continue
+        if failures:
+            say(f"warning: {failures[0]}: going back to the save before, {path.name}")
+        return path, content, state
+    if failures:
+        raise UserError(
+            f"{' and '.join(failures)}: no checkpoint of this run is good; --overwrite starts anew"
+        )
+    return None
+
+
+def restore_newest(folder: Path) -> None:
+    """Put the save before in the place of a newest one that is damaged or missing.
+
+    The next save then cannot push the good one out. The damaged file stays under another name.
+    """
+    latest = folder / LATEST
+    if latest.exists():
+        latest.replace(folder / DAMAGED)
+    replace_by_link(folder / PREVIOUS, latest)
+
+
+def load_buffers(model: nn.Module, state: dict[str, Any], comm: Comm) -> None:
+    """Give each worker its own batch-norm statistics again.
+
+    Where the number of workers has changed all go on from the average, which the weights hold.
+    """
+    rows = state.get("buffers")
+    if isinstance(rows, Tensor) and len(rows) == comm.size:
+        set_float_buffers(model, rows[comm.rank])
 
 
 def load_model(model: nn.Module, state: dict[str, Any], path: Path, wanted: str) -> None:

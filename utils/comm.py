@@ -5,7 +5,8 @@ asks a Comm, and cifar.py and cifar_horovod.py each bring one. Every rank calls 
 communicates, in the same order; rank 0 alone prints and writes.
 """
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -34,11 +35,15 @@ class Exchange:
 class Comm:
     """The serial engine: rank 0 of 1. Subclasses replace what communicates.
 
+    Args:
+        timeout: seconds that a worker waits for the others in a collective.
+
     Attributes:
         rank, size: this worker's number and how many there are.
         local_rank, local_size: the same among the workers of this node.
         device: where this worker computes.
         name: of the engine and its transport, for the start-up lines.
+        elastic: whether workers may come and go; then nobody but the engine watches them.
         graph_warm_up: steps to train before a CUDA graph of one; 0 where that cannot be captured.
         sends_any_layout: False where gradients must be contiguous to be exchanged.
     """
@@ -48,11 +53,12 @@ class Comm:
     size = 1
     local_rank = 0
     local_size = 1
+    elastic = False
     graph_warm_up = 3
     sends_any_layout = True
     device: torch.device
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: float = 600.0) -> None:
         self.device = pick_device(self.local_rank, self.local_size)
 
     @classmethod
@@ -60,10 +66,21 @@ class Comm:
         """The rank that the launcher has given to this process, known before any connection."""
         return 0
 
+    def restarts(self) -> int:
+        """How often this job has been started again after a failure."""
+        return int(os.environ.get("CIFAR_RESTARTS", 0))
+
     @property
     def is_main(self) -> bool:
         """True on the one rank that prints and writes."""
         return self.rank == 0
+
+    def run(self, program: Callable[[], None]) -> None:
+        """Run the program; an elastic engine runs it again whenever its workers have changed."""
+        program()
+
+    def may_regroup(self) -> None:
+        """Called by every rank after a save: an elastic engine may take in new workers now."""
 
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
@@ -84,6 +101,17 @@ class Comm:
         """The context of a backward pass that is not the last of its step."""
         return nullcontext()
 
+    def update(self, optimizer: Optimizer, allowed: Callable[[], bool]) -> bool:
+        """Update the parameters if, once the gradients are averaged, ``allowed`` says so.
+
+        Returns:
+            What ``allowed`` has said, which is the same on all workers: their gradients are.
+        """
+        if not allowed():
+            return False
+        optimizer.step()
+        return True
+
     def sum_(self, tensor: Tensor) -> Tensor:
         """Replace the tensor by its sum over the workers, in place, and return it."""
         return tensor
@@ -95,6 +123,37 @@ class Comm:
     def max_(self, value: int) -> int:
         """The largest of the workers' values; waits however long the slowest worker takes."""
         return value
+
+    def max_later(self, value: int) -> Callable[[], int]:
+        """Like ``max_``, without waiting: what is returned waits, and gives the result."""
+        return lambda: value
+
+    def rows(self, own: Tensor) -> Tensor:
+        """(size, N): the (N,) tensor of every worker, on every worker. One sum over the workers."""
+        rows = own.new_zeros(self.size, len(own))
+        rows[self.rank] = own
+        return self.sum_(rows)
+
+    def from_main(self, make: Callable[[], bytes]) -> bytes:
+        """What ``make`` returns on rank 0, on every worker: two broadcasts.
+
+        Raises:
+            PeerFailed: on the others, when it has failed on rank 0.
+        """
+        content = b""
+        if self.is_main:
+            try:
+                content = make()
+            except BaseException as error:
+                self.max_(_code_of(error))
+                raise
+        if code := self.max_(0):
+            raise PeerFailed(code)
+        size = self.max_(len(content))
+        shared = torch.zeros(size, dtype=torch.uint8)
+        if self.is_main and size:
+            shared = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        return self.broadcast_(shared.to(self.device)).cpu().numpy().tobytes()
 
     def barrier(self) -> None:
         """Return when every worker has come here, however long the slowest takes."""
@@ -113,7 +172,7 @@ class Comm:
             try:
                 yield
             except BaseException as error:
-                self.max_(BAD_INPUT if isinstance(error, UserError) else FAILED)
+                self.max_(_code_of(error))
                 raise
         code = self.max_(0)
         if code:
@@ -121,18 +180,28 @@ class Comm:
         if self.local_rank != 0:
             yield
 
-    def average_buffers(self, model: nn.Module) -> None:
-        """Make floating-point buffers (batch-norm statistics) the average over the workers.
+    @contextmanager
+    def averaged_buffers(self, model: nn.Module) -> Iterator[Tensor]:
+        """Inside, floating-point buffers (batch-norm statistics) are the average over the workers.
 
-        One sum for all buffers together. The engines never synchronise buffers during training,
-        which does not read them.
+        Training does not read them and the engines never synchronise them. Afterwards each worker
+        has its own again, so that an evaluation or a save changes nothing in the training. One
+        sum for all buffers together.
+
+        Yields:
+            (size, N): the buffers of every worker, flat.
         """
-        buffers = [b for b in model.buffers() if b.is_floating_point()]
-        if self.size == 1 or not buffers:
+        buffers = float_buffers(model)
+        if not buffers:
+            yield torch.zeros(self.size, 0)
             return
-        flat = self.sum_(torch.cat([b.detach().reshape(-1) for b in buffers])).div_(self.size)
-        for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
-            buffer.copy_(part.view_as(buffer))
+        own = torch.cat([buffer.detach().reshape(-1) for buffer in buffers])
+        rows = self.rows(own)
+        set_float_buffers(model, rows.sum(0).div_(self.size))
+        try:
+            yield rows
+        finally:
+            set_float_buffers(model, own)
 
     def lost_peer(self, error: Exception) -> bool:
         """Whether an error only says that another worker is gone."""
@@ -140,6 +209,22 @@ class Comm:
 
     def close(self) -> None:
         """Leave the group. Nothing may be asked of the engine afterwards."""
+
+
+def float_buffers(model: nn.Module) -> list[Tensor]:
+    """The buffers of a network that hold statistics and not counts."""
+    return [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+
+
+def set_float_buffers(model: nn.Module, flat: Tensor) -> None:
+    """Copy (N,) numbers, all float buffers one after the other, into a network."""
+    buffers = float_buffers(model)
+    for buffer, part in zip(buffers, flat.split([b.numel() for b in buffers]), strict=True):
+        buffer.copy_(part.view_as(buffer))
+
+
+def _code_of(error: BaseException) -> int:
+    return BAD_INPUT if isinstance(error, UserError) else FAILED
 
 
 def pick_device(local_rank: int, local_size: int) -> torch.device:

@@ -1,53 +1,51 @@
-"""The program behind both scripts: set up a run, train, evaluate, log, save.
+"""The program behind both scripts: set up a run, then train or evaluate.
 
-Read ``run`` first. Everything that differs between the engines is behind ``comm``
-(utils/comm.py); a line that communicates says what it does.
+Read ``run`` first, then utils/training.py. Everything that differs between the engines is behind
+``comm`` (utils/comm.py); a line that communicates says what it does.
 """
 
 import argparse
-import math
+import contextlib
 import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
-import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
 
 from models import model_arguments
 from utils import checkpoint, order
-from utils.augment import ImageSet
+from utils.agreement import check_agreement, code, contents, flags
 from utils.comm import Comm, Exchange
 from utils.confusion import Confusion
 from utils.data import load_dataset
 from utils.errors import (
     BAD_INPUT,
+    CRASHED,
     FAILED,
     INTERRUPTED,
+    RUN_AGAIN,
+    Interrupted,
     PeerFailed,
     TrainingError,
     UserError,
 )
 from utils.estimate import estimate
+from utils.evaluation import evaluate_on, report_end, report_evaluation
+from utils.files import unlock_folder
 from utils.graph import CudaRecorder, StepGraph, wants_graph
-from utils.logger import ProgressBar, RunLog, check_tensorboard
+from utils.logger import RunLog, check_tensorboard
+from utils.logger import say as say_line
 from utils.memory_format import lay_out
-from utils.metrics import Meter, Metrics
-from utils.optim import Schedule, build_optimizer, scaled_rate, set_learning_rate
+from utils.metrics import Meter
+from utils.optim import Schedule, build_optimizer, scaled_rate
 from utils.options import model_arguments_of, parse_args, warnings
-from utils.plot import draw, read_log
-from utils.position import Position
-from utils.precision import at_least_float32, autocast
 from utils.provenance import write_args
-from utils.replicas import check_replicas
 from utils.startup import (
-    PAD,
-    Saved,
     build_model,
     build_sets,
     choose_tf32,
@@ -68,22 +66,34 @@ from utils.startup import (
 from utils.step import Step
 from utils.sync_batchnorm import convert_sync_batchnorm
 from utils.trace import StepTimes
+from utils.training import Training
+from utils.watch import Watch
 
 
 def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:
     """Run the program on this worker with an engine; returns the exit code."""
+    watch = Watch()
+    code = _code_of_run(engine, argv, watch)
+    watch.leave(code)
+    return code
+
+
+def _code_of_run(engine: type[Comm], argv: Sequence[str] | None, watch: Watch) -> int:
     rank = engine.launched_rank()
+    training = False
     try:
         options = parse_args(argv)
         select_gpus(options.gpu_id)
-        comm = engine()
+        comm = engine(options.timeout)
         try:
-            run(comm, options)
+            comm.run(partial(_run, comm, options, watch))
         except Exception as error:
+            training = watch.begun
             if comm.lost_peer(error):
-                raise PeerFailed(FAILED) from error
+                raise PeerFailed(CRASHED) from error
             raise
         finally:
+            watch.idle()
             comm.close()
     except UserError as error:
         if rank != 0:
@@ -99,14 +109,21 @@ def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:
         if rank == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         return FAILED
+    except Interrupted:
+        return RUN_AGAIN
     except KeyboardInterrupt:
         if rank == 0:
             print("\ninterrupted; --resume auto continues from the last checkpoint", flush=True)
         return INTERRUPTED
     except Exception:
         traceback.print_exc()
-        return FAILED
+        return CRASHED if training else FAILED  # what fails at the start would fail again
     return 0
+
+
+def _run(comm: Comm, options: argparse.Namespace, watch: Watch) -> None:
+    with contextlib.ExitStack() as claims:
+        run(comm, options, watch, claims)
 
 
 def leave(code: int) -> NoReturn:
@@ -115,14 +132,26 @@ def leave(code: int) -> NoReturn:
     The threads of a process group may still let go of a tensor while the interpreter shuts down,
     and such a thread aborts the whole process (seen with Gloo of torch 2.15).
     """
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # its reader may be gone
+            stream.flush()
     os._exit(code)
 
 
-def run(comm: Comm, options: argparse.Namespace) -> None:
-    """Train, or evaluate a checkpoint, as the options say."""
-    say = print if comm.is_main else _say_nothing
+def run(
+    comm: Comm, options: argparse.Namespace, watch: Watch, claims: contextlib.ExitStack
+) -> None:
+    """Train, or evaluate a checkpoint, as the options say.
+
+    Args:
+        comm: the engine.
+        options: of the command line.
+        watch: learns what this worker does.
+        claims: gets what has to be given back at the end.
+    """
+    say = say_line if comm.is_main else _say_nothing
+    check_agreement(comm, code())
+    check_agreement(comm, flags(options))
     make_reproducible(options.seed, options.deterministic)
     choose_tf32(options.tf32)
     if options.tensorboard:
@@ -130,7 +159,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     options.amp = usable_precision(comm, options.amp, say)
     with torch.device("meta"):
         build_model(options, classes=10)  # wrong model flags are found before any download
-    saved = find_checkpoint(options)
+    saved = find_checkpoint(options, comm, say)
 
     with comm.main_first():  # the others wait until downloads and caches are complete
         data = load_dataset(
@@ -145,6 +174,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
             workers=options.workers,
             notify=say,
         )
+    check_agreement(comm, contents(data) if comm.size > 1 else {})
     train_set, valid_set, test_set = build_sets(data, options, comm.device)
     batch = global_batch(options, comm.size, len(train_set))
 
@@ -160,7 +190,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         checkpoint.load_model(model, saved.state, saved.path, wanted)
     if options.evaluate:
         confusion = Confusion(len(data.classes), comm.device) if options.per_class else None
-        result = evaluate_on(test_set, model, comm, options, confusion)
+        result = evaluate_on(test_set, model, comm, options, confusion=confusion)
         report_evaluation(result, saved, confusion, data.classes, comm)
         return
 
@@ -176,7 +206,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
     if options.compile:
         compile_blocks(model)
     passes = options.backward_passes_per_step
-    graphed, why_not = wants_graph(options.graph, comm, passes)
+    graphed, why_not = wants_graph(options.graph, comm, passes, options.on_nan)
     optimizer = build_optimizer(
         model,
         torch.tensor(rate, device=comm.device) if graphed else rate,
@@ -191,11 +221,13 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         wrapped, optimizer = comm.wrap(model, optimizer, exchange)
     if saved:
         checkpoint.load_optimizer(optimizer, saved.state, saved.path)
+        checkpoint.load_buffers(model, saved.state, comm)
 
     folder = run_folder(options)
     with comm.main_first():
         if comm.is_main:
-            claim_folder(folder, options, saved)
+            lock = claim_folder(folder, options, saved, comm.restarts() > 0)
+            claims.callback(unlock_folder, lock)
             write_args(folder / "args.json", options, comm)
     about = {
         "arch": options.arch,
@@ -208,7 +240,7 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         "shape": shape,
         "options": vars(options),
     }
-    saver = checkpoint.Saver(folder, comm, model, optimizer, about)
+    saver = checkpoint.Saver(folder, comm, model, optimizer, about, say)
     log = RunLog(folder if comm.is_main else None, position.epoch, options.tensorboard)
 
     for line in start_lines(
@@ -223,8 +255,9 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         say(line)
 
     bounds = order.batches(len(train_set), batch, comm.size * passes)
-    times = StepTimes(keep=options.trace is not None)
-    step = Step(comm, wrapped, optimizer, options.amp, passes)
+    # A look at each step's gradients costs little where the host does the work itself.
+    looks = not options.no_exchange and (comm.device.type == "cpu" or options.on_nan == "skip")
+    step = Step(comm, wrapped, optimizer, options.amp, passes, options.on_nan if looks else None)
     meter = Meter(comm.device)
     graph = None
     if graphed:
@@ -233,53 +266,32 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
         graph = StepGraph(
             step, train_set, meter, last - first, bounds[0][1], comm.graph_warm_up, recorder, say
         )
-
-    def after_step(done: int) -> None:
-        """What happens inside an epoch, on every rank, after ``done`` steps of it."""
-        if options.check_replicas and done % options.check_replicas == 0:
-            check_replicas(comm, model)
-        if options.save_every and done % options.save_every == 0 and done < len(bounds):
-            position.step, position.sums = done, meter.collapse(comm)
-            saver.save(position, is_best=False)
-
-    while position.epoch < options.epochs:
-        epoch = position.epoch
-        started = time.perf_counter()
-        rates = [schedule.learning_rate(epoch, k, len(bounds)) for k in range(len(bounds))]
-        say(f"\nEpoch: [{epoch + 1} | {options.epochs}] LR: {rates[-1]:.6f}")
-        train = train_one_epoch(
-            step,
-            graph,
-            meter,
-            train_set,
-            bounds,
-            rates,
-            position,
-            options.seed,
-            comm,
-            times,
-            after_step,
-        )
-        train_seconds = time.perf_counter() - started
-        if not math.isfinite(train.loss):
-            raise TrainingError(
-                f"the training loss is {train.loss} in epoch {epoch + 1} (learning rate "
-                f"{rates[-1]:g}): nothing of this epoch is saved; lower --lr or add --warmup-steps"
-            )
-        if not options.no_exchange:
-            check_replicas(comm, model)
-        comm.average_buffers(model)  # one sum over the workers
-        valid = evaluate_on(valid_set, model, comm, options)
-        is_best = position.advance(valid.top1)
-        say(
-            f"train loss {train.loss:.4f} top1 {train.top1:.2f} | "
-            f"valid loss {valid.loss:.4f} top1 {valid.top1:.2f} top5 {valid.top5:.2f} | "
-            f"{time.perf_counter() - started:.1f} s, {train.images / train_seconds:,.0f} images/s"
-        )
-        log.epoch(epoch + 1, rates[-1], train, valid, train_seconds)
-        saver.save(position, is_best)
-        if comm.is_main:
-            draw({folder.name: read_log(folder / "log.txt")}, folder / "log.png")
+    times = StepTimes(keep=options.trace is not None)
+    Training(
+        comm=comm,
+        say=say,
+        watch=watch,
+        model=model,
+        optimizer=optimizer,
+        step=step,
+        graph=graph,
+        meter=meter,
+        times=times,
+        images=train_set,
+        validate=lambda after: evaluate_on(valid_set, model, comm, options, after_batch=after),
+        bounds=bounds,
+        schedule=schedule,
+        position=position,
+        epochs=options.epochs,
+        seed=options.seed,
+        saver=saver,
+        log=log,
+        save_every=options.save_every,
+        check_replicas_every=options.check_replicas,
+        exchanges=not options.no_exchange,
+        on_nan=options.on_nan,
+        timeout=options.timeout,
+    ).run()
     log.close()
     times.write(Path(options.trace) if options.trace else None, comm)
     report_end(position, model, valid_set, test_set, folder, comm, options, say)
@@ -287,177 +299,3 @@ def run(comm: Comm, options: argparse.Namespace) -> None:
 
 def _say_nothing(*_: object) -> None:
     """The print of the ranks other than 0."""
-
-
-def train_one_epoch(
-    step: Step,
-    graph: StepGraph | None,
-    meter: Meter,
-    images: ImageSet,
-    bounds: list[tuple[int, int]],
-    rates: list[float],
-    position: Position,
-    seed_of_run: int,
-    comm: Comm,
-    times: StepTimes,
-    after_step: Callable[[int], None],
-) -> Metrics:
-    """Train one epoch, or the rest of one, on this worker's share of each batch.
-
-    Args:
-        step: the optimisation step.
-        graph: does the same for steps of its size, if given.
-        meter: adds up loss and accuracy.
-        images: the whole training set.
-        bounds: the global batches as positions in the epoch's permutation.
-        rates: the learning rate of each step.
-        position: the epoch, the steps of it that are done, and the meter's sums over them.
-        seed_of_run: of order, augmentation and dropout.
-        comm: the engine.
-        times: gets the seconds of each step.
-        after_step: called with the number of steps done.
-
-    Returns:
-        Means over all images that all workers trained on.
-    """
-    step.model.train()
-    epoch = position.epoch
-    sequence = _to(order.permutation(len(images), seed_of_run, epoch), comm.device)
-    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), comm.device)
-    meter.start_from(position.sums if comm.is_main else [0.0] * 4)
-    bar = ProgressBar("train", len(bounds), comm.is_main)
-    for k in range(position.step, len(bounds)):
-        start, stop = bounds[k]
-        first, last = order.share(start, stop, comm.rank, comm.size)
-        index, seed = sequence[first:last], order.step_seed(seed_of_run, epoch, k)
-        set_learning_rate(step.optimizer, rates[k])
-        times.begin()
-        if graph and graph.takes(len(index), stop - start):
-            times.data_ready()
-            loss = graph(index, augmentation, seed)
-        else:
-            batch, labels = images.batch(index, augmentation)
-            times.data_ready()
-            loss, output = step(batch, labels, stop - start, seed)  # all-reduces the gradients
-            meter.update(loss, output, labels)
-        times.step_done(loss, stop - start)
-        if bar.due(k + 1):
-            bar.show(k + 1, meter.local(), times)
-        after_step(k + 1)
-    bar.finish()
-    return meter.reduced(comm)  # one sum over the workers
-
-
-def _to(array: np.ndarray, device: torch.device) -> Tensor:
-    return torch.from_numpy(array).to(device)
-
-
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module,
-    images: ImageSet,
-    batch: int,
-    amp: str,
-    comm: Comm,
-    confusion: Confusion | None = None,
-) -> Metrics:
-    """Score the model on a whole set, each worker a part of it.
-
-    The batches are the same for any number of workers; worker r computes batches r, r + size, ...
-    Nothing is padded or counted twice, and an image's logits do not depend on who computes them.
-    Counts into confusion, if given.
-
-    Raises:
-        TrainingError: the workers have not counted every image exactly once.
-    """
-    model.eval()
-    parts = torch.arange(len(images), device=comm.device).split(batch)[comm.rank :: comm.size]
-    meter = Meter(comm.device)
-    times = StepTimes()
-    bar = ProgressBar("valid", len(parts), comm.is_main)
-    for k, index in enumerate(parts):
-        times.begin()
-        inputs, labels = images.batch(index)
-        times.data_ready()
-        with autocast(comm.device, amp):
-            output = model(inputs)
-        output = at_least_float32(output)
-        loss = functional.cross_entropy(output, labels, reduction="sum")
-        meter.update(loss, output, labels)
-        if confusion:
-            confusion.update(output, labels)
-        times.step_done(loss, len(index))
-        if bar.due(k + 1):
-            bar.show(k + 1, meter.local(), times)
-    bar.finish()
-    result = meter.reduced(comm)  # one sum over the workers
-    if confusion:
-        confusion.reduce(comm)  # another one
-    if result.images != len(images):
-        raise TrainingError(f"evaluated {result.images} images of {len(images)}")
-    return result
-
-
-def evaluate_on(
-    images: ImageSet,
-    model: nn.Module,
-    comm: Comm,
-    options: argparse.Namespace,
-    confusion: Confusion | None = None,
-) -> Metrics:
-    """``evaluate`` with the batch and precision of the options."""
-    return evaluate(model, images, options.test_batch, options.amp, comm, confusion)
-
-
-def report_evaluation(
-    result: Metrics,
-    saved: Saved | None,
-    confusion: Confusion | None,
-    classes: Sequence[str],
-    comm: Comm,
-) -> None:
-    """Print what --evaluate has found; the confusion matrix becomes a picture."""
-    if not comm.is_main or saved is None:
-        return
-    print(f"{saved.path}, after epoch {saved.state.get('epoch', 'unknown')}")
-    if confusion:
-        print("\n".join(confusion.lines(classes)))
-        picture = saved.path.parent / "confusion.png"
-        confusion.draw(classes, picture)
-        print(picture)
-    print(
-        f"Test Loss: {result.loss:.8f}, Test Acc: {result.top1:.2f} "
-        f"({round(result.top1 * result.images / 100)} of {result.images}), top5 {result.top5:.2f}"
-    )
-
-
-def report_end(
-    position: Position,
-    model: nn.Module,
-    valid_set: ImageSet,
-    test_set: ImageSet,
-    folder: Path,
-    comm: Comm,
-    options: argparse.Namespace,
-    say: Any,
-) -> None:
-    """Print last and best accuracy, each by its name.
-
-    With --val-split the two epochs were chosen on held-out images; the test set is used here for
-    the first time.
-    """
-    if valid_set is test_set:
-        say(f"\nLast acc: {position.acc:.2f} (epoch {position.epoch}, test set)")
-        say(f"Best acc: {position.best_acc:.2f} (epoch {position.best_epoch}, chosen on the test "
-            "set)")  # fmt: skip
-        return
-    last = evaluate_on(test_set, model, comm, options)
-    comm.barrier()  # rank 0 has written the best checkpoint
-    path = folder / checkpoint.BEST
-    checkpoint.load_model(model, checkpoint.load(path), path, "the network of this run")
-    best = evaluate_on(test_set, model, comm, options)
-    say(f"\nLast acc: {last.top1:.2f} (epoch {position.epoch}, test set)")
-    say(
-        f"Best acc: {best.top1:.2f} (epoch {position.best_epoch}, test set; chosen by validation "
-        f"accuracy {position.best_acc:.2f})"
-    )

@@ -1,7 +1,9 @@
 """The exceptions that have a meaning for the user, and the exit codes they stand for."""
 
-# 0 finished, 2 bad input, 3 training failed, 130 ended by Ctrl-C
-BAD_INPUT, FAILED, INTERRUPTED = 2, 3, 130
+# 0 finished, 1 an unexpected exception, which another try from the newest checkpoint may survive,
+# 2 bad input, 3 training failed, 75 stopped by a signal after a save: run me again, 130 ended by
+# Ctrl-C. The launcher's are the same without 1.
+CRASHED, BAD_INPUT, FAILED, RUN_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
 
 
 class UserError(Exception):
@@ -24,6 +26,24 @@ def one_line(text: str, most: int = 400) -> str:
 
 class TrainingError(Exception):
     """Training cannot go on: one line that says where and why. Exit code 3."""
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is NaN or infinite; the same on all workers.
+
+    Attributes:
+        rank: a worker whose own loss is not finite; None if it is the gradient, or unknown.
+        step: of the epoch, counted from 0.
+    """
+
+    def __init__(self, rank: int | None, step: int = 0) -> None:
+        super().__init__("not finite")
+        self.rank = rank
+        self.step = step
+
+
+class Interrupted(Exception):
+    """A signal has asked the run to stop; all workers have agreed on it at the same step."""
 
 
 class PeerFailed(Exception):

@@ -52,18 +52,20 @@ class CudaRecorder:
         return graph.replay
 
 
-def wants_graph(choice: str, comm: Comm, passes: int) -> tuple[bool, str]:
+def wants_graph(choice: str, comm: Comm, passes: int, on_nan: str = "stop") -> tuple[bool, str]:
     """Whether to record the step, and why not where that was asked for.
 
     Args:
         choice: --graph: "auto" records where there is one worker, "on" wherever it can work.
         comm: the engine.
         passes: backward passes of a step.
+        on_nan: --on-nan; "skip" decides on each step after its backward pass.
     """
     obstacles = [
         (comm.device.type != "cuda", "it needs a GPU"),
         (not comm.graph_warm_up, f"{comm.name} cannot be captured"),
         (passes > 1, "--backward-passes-per-step seeds each pass anew"),
+        (on_nan == "skip", "--on-nan skip looks at every step"),
     ]
     why = next((text for wrong, text in obstacles if wrong), "")
     wanted = choice == "on" or (choice == "auto" and comm.size == 1)

@@ -2,24 +2,38 @@
 
 import importlib.util
 import json
+import os
 import shutil
 import sys
 import time
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from progress.bar import Bar
 
 from utils.errors import UserError
+from utils.files import write_atomically
 from utils.metrics import Metrics
 from utils.trace import StepTimes
 
 LOG_COLUMNS = ("Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.")
 
 
+def say(text: str) -> None:
+    """Print a line. A reader that has gone away, as of ``| head``, does not end the training."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 class RunLog:
     """log.txt (tab separated, a row an epoch), metrics.jsonl and TensorBoard events of a run.
+
+    Both files are written whole and renamed, an epoch's row is there or not. A disk that is full
+    costs rows until the next epoch, which writes them all.
 
     Args:
         folder: the run folder, or None for a log that writes nothing (ranks other than 0).
@@ -33,10 +47,10 @@ class RunLog:
         self.writer: Any = None
         if folder is None:
             return
-        self.table = folder / "log.txt"
-        self.lines = folder / "metrics.jsonl"
-        _keep_lines(self.table, 1 + epochs_done, header="\t".join(LOG_COLUMNS))
-        _keep_lines(self.lines, epochs_done)
+        header = "\t".join(LOG_COLUMNS)
+        self.table = _kept_lines(folder / "log.txt", 1 + epochs_done) or [header]
+        self.lines = _kept_lines(folder / "metrics.jsonl", epochs_done)
+        self._write(folder)
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # optional and slow to import
 
@@ -49,8 +63,7 @@ class RunLog:
         if self.folder is None:
             return
         row = (rate, train.loss, valid.loss, train.top1, valid.top1)
-        with self.table.open("a") as file:
-            file.write("\t".join(f"{value:.6f}" for value in row) + "\n")
+        self.table.append("\t".join(f"{value:.6f}" for value in row))
         record = {
             "epoch": epoch,
             "learning_rate": rate,
@@ -63,8 +76,20 @@ class RunLog:
             "seconds": round(seconds, 3),
             "images_per_second": round(train.images / seconds, 1),
         }
-        with self.lines.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        self.lines.append(json.dumps(record))
+        try:
+            self._write(self.folder)
+            self._add_events(record, epoch)
+        except OSError as error:
+            say(f"warning: the log in {self.folder} cannot be written ({error.strerror}); "
+                "the next epoch tries again")  # fmt: skip
+
+    def _write(self, folder: Path) -> None:
+        for name, lines in (("log.txt", self.table), ("metrics.jsonl", self.lines)):
+            text = "".join(line + "\n" for line in lines).encode()
+            write_atomically(folder / name, partial(_put, text))
+
+    def _add_events(self, record: dict[str, Any], epoch: int) -> None:
         if self.writer:
             for name, value in record.items():
                 if name != "epoch":
@@ -72,7 +97,7 @@ class RunLog:
             self.writer.flush()
 
     def close(self) -> None:
-        """Close the TensorBoard file; the others are closed after each row."""
+        """Close the TensorBoard file; the others are never left open."""
         if self.writer:
             self.writer.close()
 
@@ -86,11 +111,12 @@ def check_tensorboard() -> None:
         )
 
 
-def _keep_lines(path: Path, count: int, header: str | None = None) -> None:
-    kept = path.read_text().splitlines()[:count] if path.exists() else []
-    if header is not None and not kept:
-        kept = [header]
-    path.write_text("".join(line + "\n" for line in kept))
+def _kept_lines(path: Path, count: int) -> list[str]:
+    return path.read_text().splitlines()[:count] if path.exists() else []
+
+
+def _put(text: bytes, file: IO[bytes]) -> None:
+    file.write(text)
 
 
 class ProgressBar:
@@ -136,7 +162,7 @@ class ProgressBar:
         if self.bar:
             self.bar.draw(step, count, parts)
         else:
-            print(f"{self.title} {count} {' | '.join(parts)}", flush=True)
+            say(f"{self.title} {count} {' | '.join(parts)}")
 
     def finish(self) -> None:
         """End the line."""

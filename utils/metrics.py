@@ -44,18 +44,21 @@ class Meter:
         count = torch.full((), len(labels), dtype=torch.float64, device=output.device)
         self.sums += torch.stack([loss_sum.double(), hits[:, 0].sum(), hits.sum(), count])
 
-    def start_from(self, sums: list[float]) -> None:
-        """Go on from sums that ``collapse`` has returned; on one worker only."""
-        self.sums.copy_(torch.tensor(sums, dtype=torch.float64))
+    def start_from(self, rows: list[list[float]], comm: Comm) -> None:
+        """Go on from what ``rows`` has returned, or from nothing where that is empty.
 
-    def collapse(self, comm: Comm) -> list[float]:
-        """Move all workers' sums to rank 0 and return them: one sum over the workers.
-
-        A run that goes on from these numbers then adds in the same order as this one.
+        With as many workers as then each goes on with its own sums, so that they are added up in
+        the same order; with others rank 0 takes them all.
         """
-        total = comm.sum_(self.sums.clone())
-        self.sums.copy_(total if comm.is_main else torch.zeros_like(total))
-        return total.tolist()
+        self.sums.zero_()
+        if len(rows) == comm.size:
+            self.sums.copy_(torch.tensor(rows[comm.rank], dtype=torch.float64))
+        elif rows and comm.is_main:
+            self.sums.copy_(torch.tensor(rows, dtype=torch.float64).sum(0))
+
+    def rows(self, comm: Comm) -> list[list[float]]:
+        """The sums of every worker, a row each: one sum over the workers."""
+        return comm.rows(self.sums).tolist()
 
     def local(self) -> Metrics:
         """What this worker has seen so far; makes the host wait for the device."""

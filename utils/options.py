@@ -283,6 +283,11 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
         help="batch norm over the global batch instead of each worker's share",
     )  # fmt: skip
     group.add_argument(
+        "--on-nan", choices=("stop", "skip", "rewind"), default="stop",
+        help="when a loss or gradient is not finite: stop; leave the step out; or go back to the "
+        "last checkpoint and leave out the steps since",
+    )  # fmt: skip
+    group.add_argument(
         "--manualSeed", "--seed", dest="seed", type=_whole_number(0, 2**32 - 1), default=0,
         metavar="N", help="seed of initial weights, order, augmentation and dropout",
     )  # fmt: skip
@@ -305,6 +310,10 @@ def _add_exchange_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--check-replicas", type=_whole_number(1), metavar="STEPS",
         help="compare all workers' parameters every so many steps (default: once an epoch)",
+    )  # fmt: skip
+    group.add_argument(
+        "--timeout", type=_real_number(0, open_=True), default=600.0, metavar="SECONDS",
+        help="end the run when no worker goes on for so long",
     )  # fmt: skip
     # For measurements: the same work without communication.
     group.add_argument("--no-exchange", action="store_true", help=argparse.SUPPRESS)

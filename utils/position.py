@@ -10,21 +10,21 @@ class Position:
     Attributes:
         epoch: the epoch to train next or to go on with, counted from 0.
         step: steps of that epoch that are done.
-        sums: what the meter has added up in them, over all workers.
+        sums: what each worker's meter has added up in them, a row each; empty for nothing.
         acc: the last validation accuracy, per cent.
         best_acc, best_epoch: the highest so far and its epoch, counted from 1; 0 before the first.
     """
 
     epoch: int = 0
     step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0] * 4)
+    sums: list[list[float]] = field(default_factory=list)
     acc: float = 0.0
     best_acc: float = 0.0
     best_epoch: int = 0
 
     def advance(self, acc: float) -> bool:
         """Count the epoch that has just been validated; True if it is the best so far."""
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, [0.0] * 4
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, []
         self.acc = acc
         is_best = self.best_epoch == 0 or acc > self.best_acc
         if is_best:

@@ -4,10 +4,12 @@ Everything here raises UserError on bad input, and writes nothing before all of 
 """
 
 import argparse
+import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -19,7 +21,13 @@ from utils.augment import ImageSet
 from utils.comm import Comm
 from utils.data import Dataset
 from utils.errors import UserError
-from utils.files import check_writable, clear_leftovers
+from utils.files import (
+    FolderInUse,
+    check_writable,
+    clear_leftovers,
+    lock_folder,
+    unlock_folder,
+)
 from utils.memory_format import FORMATS, choose
 from utils.options import MODEL_FLAGS, model_arguments_of
 from utils.position import Position
@@ -94,18 +102,64 @@ class Saved:
     state: dict[str, Any]
 
 
-def find_checkpoint(options: argparse.Namespace) -> Saved | None:
-    """The checkpoint that --resume names, read; None without --resume or for a fresh auto run."""
+def find_checkpoint(
+    options: argparse.Namespace, comm: Comm, say: Callable[[str], Any]
+) -> Saved | None:
+    """The checkpoint to continue from; None without --resume or for a fresh auto run.
+
+    Rank 0 finds and reads it and the others get the same bytes: no two workers can see different
+    files. A job that has been started again after a failure goes on from what it has saved.
+    """
+    chosen: list[Saved] = []
+
+    def choose() -> bytes:
+        found = _own_checkpoint(options, say) if comm.restarts() else None
+        found = found or _wanted_checkpoint(options, say)
+        if found is None:
+            return b""
+        path, content, state = found
+        chosen.append(Saved(path, state))
+        return os.fsencode(path) + b"\0" + content
+
+    name, _, content = comm.from_main(choose).partition(b"\0")
+    if not name:
+        return None
+    if chosen:
+        return chosen[0]
+    path = Path(os.fsdecode(name))
+    return Saved(path, checkpoint.parse(content, path, "--resume", options.trust_checkpoint))
+
+
+Found = tuple[Path, bytes, dict[str, Any]]
+
+
+def _wanted_checkpoint(options: argparse.Namespace, say: Callable[[str], Any]) -> Found | None:
+    """What --resume names."""
     if not options.resume:
         return None
-    path = Path(options.resume)
+    folder = run_folder(options)
     if options.resume == "auto":
-        path = run_folder(options) / checkpoint.LATEST
-        if not path.exists():
-            if options.evaluate:
-                raise UserError(f"--resume auto: {path} does not exist; name a file to evaluate")
-            return None
-    return Saved(path, checkpoint.load(path, trust=options.trust_checkpoint))
+        found = checkpoint.load_newest(folder, say, options.trust_checkpoint)
+        if found is None and options.evaluate:
+            path = folder / checkpoint.LATEST
+            raise UserError(f"--resume auto: {path} does not exist; name a file to evaluate")
+        return found
+    path = Path(options.resume)
+    content = checkpoint.read(path)
+    return path, content, checkpoint.parse(content, path, "--resume", options.trust_checkpoint)
+
+
+def _own_checkpoint(options: argparse.Namespace, say: Callable[[str], Any]) -> Found | None:
+    """What this very job has saved before it failed: a run with the same options."""
+    found = checkpoint.load_newest(run_folder(options), say, options.trust_checkpoint)
+    return found if found and _same_options(found[2].get("options"), options) else None
+
+
+def _same_options(recorded: Any, options: argparse.Namespace) -> bool:
+    def essence(values: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in values.items() if name != "local_rank"}
+
+    return isinstance(recorded, dict) and essence(recorded) == essence(vars(options))
 
 
 def run_folder(options: argparse.Namespace) -> Path:
@@ -223,13 +277,13 @@ def start_position(
     position = Position(
         epoch=int(state.get("epoch", 0)),
         step=int(state.get("step", 0)),
-        sums=list(state.get("step_sums", [0.0] * 4)),
+        sums=_rows_of(state.get("step_sums", [])),
         acc=float(state.get("acc", 0.0)),
         best_acc=float(state.get("best_acc", 0.0)),
         best_epoch=int(state.get("best_epoch", state.get("epoch", 0))),
     )
     if options.start_epoch is not None:
-        position.epoch, position.step, position.sums = options.start_epoch, 0, [0.0] * 4
+        position.epoch, position.step, position.sums = options.start_epoch, 0, []
     if position.epoch >= options.epochs:
         raise UserError(
             f"--resume {saved.path}: has been trained for {position.epoch} epochs and --epochs is "
@@ -242,6 +296,13 @@ def start_position(
                 f"{value}, not {shape.get(name)}; finish that epoch with the old flags first"
             )
     return position
+
+
+def _rows_of(sums: list[Any]) -> list[list[float]]:
+    """The sums of each worker; files of format 1 hold one row of them all."""
+    if sums and not isinstance(sums[0], list):
+        return [list(sums)]
+    return [list(row) for row in sums]
 
 
 def epoch_shape(options: argparse.Namespace, batch: int, images: int) -> dict[str, Any]:
@@ -292,33 +353,62 @@ OPTIONS_THAT_MATTER = (
 )  # fmt: skip
 
 
-def claim_folder(folder: Path, options: argparse.Namespace, saved: Saved | None) -> None:
-    """Make the run folder, or see that an existing one may be written to.
+def claim_folder(
+    folder: Path, options: argparse.Namespace, saved: Saved | None, restarted: bool
+) -> IO[str]:
+    """Make the run folder and claim it for this process, or see that an existing one may be had.
+
+    Returns:
+        The lock on the folder; it holds until the process ends.
 
     Raises:
-        UserError: it holds another run, or cannot be written to.
+        UserError: it holds another run, a run that is under way, or cannot be written to.
     """
-    names = (checkpoint.LATEST, checkpoint.BEST, "log.txt", "metrics.jsonl", "log.png")
+    names = (
+        checkpoint.LATEST, checkpoint.PREVIOUS, checkpoint.DAMAGED, checkpoint.BEST,
+        "log.txt", "metrics.jsonl", "log.png",
+    )  # fmt: skip
     mine = saved is not None and saved.path.resolve().parent == folder.resolve()
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
+        lock = lock_folder(folder)
         found = [name for name in names if (folder / name).exists()]
-        # A run that was killed before it saved anything has left a log without rows.
-        begun = options.resume == "auto" and saved is None and _has_no_rows(folder, found)
+        begun = saved is None and (
+            # Killed before it saved anything: a log without rows is all that there is.
+            (options.resume == "auto" and _has_no_rows(folder, found))
+            or (restarted and _begun_with(folder, options))
+        )
         if found and not mine and not begun and not options.overwrite:
+            unlock_folder(lock)
             raise UserError(
                 f"--checkpoint {folder}: holds a run already ({found[0]}); "
                 "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
             )
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder)
         clear_leftovers(folder)
         for name in [] if mine else found:
             (folder / name).unlink()
+        if mine and saved and saved.path.name == checkpoint.PREVIOUS:
+            checkpoint.restore_newest(folder)
+    except FolderInUse as error:
+        raise UserError(
+            f"--checkpoint {folder}: {error} is training there; wait for its end, or name another "
+            "folder with -c DIR"
+        ) from error
     except OSError as error:
         raise UserError(
             f"--checkpoint {folder}: cannot be written to ({error.strerror}); "
             "name another folder with -c DIR"
         ) from error
+    return lock
+
+
+def _begun_with(folder: Path, options: argparse.Namespace) -> bool:
+    """Whether the run in a folder was started with these options, as its args.json says."""
+    try:
+        return _same_options(json.loads((folder / "args.json").read_text())["options"], options)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _has_no_rows(folder: Path, found: list[str]) -> bool:

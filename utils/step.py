@@ -1,5 +1,6 @@
 """One optimisation step, behind one call: forward, loss, backward with all-reduce, update."""
 
+import math
 from contextlib import nullcontext
 
 import torch
@@ -9,7 +10,8 @@ from torch.optim import Optimizer
 
 from models import rows_of_batch
 from utils import order
-from utils.comm import Comm
+from utils.comm import Comm, float_buffers
+from utils.errors import NotFinite
 from utils.precision import at_least_float32, autocast
 
 
@@ -22,16 +24,25 @@ class Step:
         amp: "off" or "bf16".
         passes: backward passes that a share is cut into; the gradients add up and are exchanged
             once.
+        on_nan: "stop", "skip" or "rewind": look at the gradients before they are used, and leave
+            everything as it was if they are not finite; None does not look.
     """
 
     def __init__(
-        self, comm: Comm, model: nn.Module, optimizer: Optimizer, amp: str, passes: int = 1
+        self,
+        comm: Comm,
+        model: nn.Module,
+        optimizer: Optimizer,
+        amp: str,
+        passes: int = 1,
+        on_nan: str | None = None,
     ) -> None:
         self.comm = comm
         self.model = model
         self.optimizer = optimizer
         self.amp = amp
         self.passes = passes
+        self.on_nan = on_nan
 
     def __call__(
         self, images: Tensor, labels: Tensor, global_batch: int, seed: int | None
@@ -46,7 +57,13 @@ class Step:
 
         Returns:
             The loss summed over the share, and its (B, classes) logits.
+
+        Raises:
+            NotFinite: on all workers, with ``on_nan``; parameters and momentum are as before, with
+                "skip" batch-norm statistics too.
         """
+        skips = self.on_nan == "skip"
+        before = [buffer.clone() for buffer in float_buffers(self.model)] if skips else []
         self.optimizer.zero_grad()
         cuts = [order.share(0, len(images), k, self.passes) for k in range(self.passes)]
         scale = self.comm.size / global_batch
@@ -61,9 +78,21 @@ class Step:
                 torch.manual_seed(seed)
             with exchange, rows_of_batch(start + first, global_batch):
                 results.append(self._backward(images[first:last], labels[first:last], scale))
-        self.optimizer.step()
         losses, outputs = zip(*results, strict=True)
-        return torch.stack(losses).sum(), torch.cat(outputs)
+        loss = torch.stack(losses).sum()
+        if not self.comm.update(self.optimizer, self._may_update):
+            for buffer, value in zip(float_buffers(self.model), before, strict=skips):
+                buffer.copy_(value)
+            broken = self.comm.max_(0 if math.isfinite(loss) else self.comm.rank + 1)
+            raise NotFinite(broken - 1 if broken else None)
+        return loss, torch.cat(outputs)
+
+    def _may_update(self) -> bool:
+        """Whether all gradients are finite; where nobody looks, they are taken for it."""
+        if self.on_nan is None:
+            return True
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return math.isfinite(torch.nn.utils.get_total_norm(gradients, math.inf))
 
     def _backward(self, images: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         with autocast(images.device, self.amp):

@@ -1,0 +1,64 @@
+"""Whether all workers run the same thing: code, options, data."""
+
+import argparse
+import hashlib
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from utils.comm import Comm
+from utils.data import Dataset
+from utils.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# What may differ: which worker this is.
+_OWN = {"local_rank"}
+
+
+def check_agreement(comm: Comm, parts: Mapping[str, object]) -> None:
+    """Compare named values with rank 0's; every rank must call it. One sum over the workers.
+
+    Raises:
+        UserError: on all ranks; names a rank and what it has otherwise.
+    """
+    if comm.size == 1:
+        return
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in parts.values()]
+    own = torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
+    rows = comm.rows(own.to(comm.device)).cpu()
+    for rank, row in enumerate(rows):
+        differing = (row != rows[0]).nonzero().flatten().tolist()
+        if differing:
+            name = list(parts)[differing[0]]
+            raise UserError(
+                f"rank {rank} has another {name} than rank 0: start all workers with the same "
+                "code, options and data"
+            )
+
+
+def code() -> dict[str, object]:
+    """Digests of the sources, and the version that computes."""
+    sources = [
+        path for folder in (ROOT, ROOT / "models", ROOT / "utils") for path in folder.glob("*.py")
+    ]
+    text = b"".join(path.read_bytes() for path in sorted(sources))
+    return {"version of the code": hashlib.sha256(text).hexdigest(), "torch": torch.__version__}
+
+
+def flags(options: argparse.Namespace) -> dict[str, object]:
+    """Every option by its flag."""
+    return {
+        f"--{name.replace('_', '-')}": value
+        for name, value in vars(options).items()
+        if name not in _OWN
+    }
+
+
+def contents(data: Dataset) -> dict[str, object]:
+    """A digest of the images and labels."""
+    arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
+    sums = [(array.shape, zlib.crc32(array.tobytes())) for array in arrays]
+    return {"set of images": (sums, data.classes, data.mean, data.std)}
