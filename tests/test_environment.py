@@ -1,29 +1,27 @@
 """Runs in odd environments: a careless shell, another user, a reader that goes away, secrets."""
 
-import contextlib
 import os
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment, kill, marked_processes, run
+from conftest import environment, run
 from PIL import Image
 
-from tools.arms import engine_command, has_horovod
+from tools.arms import has_horovod
 from utils import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
 
-QUICK = "-a alexnet --train-size 200 --test-size 50 --train-batch 64 --epochs 1 --schedule 1".split()
-SYNTHETIC = [*QUICK, "-d", "synthetic10"]
+QUICK = (
+    "-a alexnet --train-size 200 --test-size 50 --train-batch 64 --epochs 1 --schedule 1".split()
+)
+SYNTHETIC = ["-a", "alexnet", *QUICK, "-d", "synthetic10"]
 FILES = ["args.json", "checkpoint.pth.tar", "log.png", "log.txt", "metrics.jsonl",
          "model_best.pth.tar"]  # fmt: skip
 
@@ -31,10 +29,19 @@ FILES = ["args.json", "checkpoint.pth.tar", "log.png", "log.txt", "metrics.jsonl
 HIDDEN = ("random", "types", "socket", "re", "string", "queue", "select", "struct", "token", "copy")
 
 
+MINE = """
+import os
+os.write(2, b"the user's {}.py was imported\\n")
+os._exit(9)
+"""
+
+
 def hide(folder):
     """Files in a folder that end whatever imports them in place of the standard library's."""
     for name in HIDDEN:
-        text = f"import os\nos.write(2, b'the {name}.py of the user was imported\\n')\nos._exit(9)\n"
+        text = (
+            f"import os\nos.write(2, b'the {name}.py of the user was imported\\n')\nos._exit(9)\n"
+        )
         (folder / f"{name}.py").write_text(text)
 
 
@@ -211,7 +218,5 @@ def test_more_workers_than_images(tmp_path):
     command = [LAUNCHER, "-m", "alexnet", "-n", "4", "-d", "synthetic10", "--"]
     result = run([*command, "--train-size", "3", "-c", tmp_path / "run"])
     assert result.returncode == 2
-    assert result.stderr == (
-        "error: --train-size 3: 3 images are fewer than the 4 workers\n"
-    )
+    assert result.stderr == ("error: --train-size 3: 3 images are fewer than the 4 workers\n")
     assert not (tmp_path / "run").exists()

@@ -7,6 +7,8 @@ import re
 import signal
 import subprocess
 import time
+from base64 import b64encode
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -81,9 +83,12 @@ def _call(name, node):
         yield "torch.load without weights_only=True"
     if values.get("shell") is True or ("shell" in given and "shell" not in values):
         yield "shell=True"
-    if name == "numpy.load" and values.get("allow_pickle") is not False:
-        yield "numpy.load without allow_pickle=False"
-    if name.endswith(".extractall") and values.get("filter") not in ("data", "tar"):
+    if name == "numpy.load" and values.get("allow_pickle", False) is not False:
+        yield "numpy.load with pickles"
+    if getattr(node.func, "attr", "") == "extractall" and values.get("filter") not in (
+        "data",
+        "tar",
+    ):
         yield "extractall without a filter"
     if values.get("verify") is False:
         yield "verify=False"
@@ -121,13 +126,13 @@ def test_no_python_file_does_what_is_dangerous(path):
         ("import os\nos.system('ls')", "os.system"),
         ("import subprocess\nsubprocess.run('ls', shell=True)", "shell=True"),
         ("import tempfile\ntempfile.mktemp()", "tempfile.mktemp"),
-        ("import numpy as np\nnp.load(p)", "numpy.load without allow_pickle=False"),
-        ("import tarfile\ntarfile.open(p).extractall(q)", ""),
-        ("t.extractall(q)", "extractall without a filter"),
+        ("import numpy as np\nnp.load(p, allow_pickle=True)", "numpy.load with pickles"),
+        ("import tarfile\ntarfile.open(p).extractall(q)", "extractall without a filter"),
         ("p = '/tmp/cifar.lock'", "a predictable name in /tmp"),
         ("p = f'/tmp/{user}'", "a predictable name in /tmp"),
         ("u = 'http://www.cs.toronto.edu/'", "http:// without TLS"),
-        ("from torch.distributed import checkpoint as d\nd.load(s)", ""),
+        ("from torch.distributed import checkpoint as d\nd.load(s)", "checkpoint.load"),
+        ("import requests\nrequests.get(u, verify=False)", "verify=False"),
     ],
 )
 def test_the_check_finds_it(source, what):
@@ -222,9 +227,10 @@ def training(tmp_path):
             start_new_session=True,
         )
         started.append(process)
+        command = process.stdout.readline()
         for line in process.stdout:
             if line.startswith("train loss"):  # of the first epoch: all connections are there
-                return process, marked_processes() - before
+                return process, marked_processes() - before, command
         pytest.fail(process.stderr.read())
 
     yield start
@@ -237,6 +243,21 @@ def training(tmp_path):
             process.communicate()
 
 
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "engine", ["dist", pytest.param("horovod", marks=[pytest.mark.slow, pytest.mark.horovod])]
+)
+def test_a_job_on_one_machine_is_not_for_others(training, engine):
+    """Who can reach a rendezvous can take over the job."""
+    if engine == "horovod" and not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+    _, processes, command = training(engine)
+    assert listeners(processes), "nothing was looked at"
+    # torch's store takes no address to listen on.
+    known = [int(port) for port in re.findall(r"--master_port=(\d+)", command)]
+    assert [port for _, port in exposed(processes) if port not in known] == []
+
+
 class Payload:
     """Leaves a file where it is unpickled."""
 
@@ -247,22 +268,23 @@ class Payload:
         return (open, (str(self.path), "w"))
 
 
-def test_a_stranger_at_the_rendezvous_runs_no_code(training, tmp_path):
-    """torch's dynamic rendezvous would unpickle what anyone writes there."""
-    process, processes = training("dist")
-    ports = {port for _, _, port in listeners(processes)}
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_stranger_at_the_store_runs_no_code(training, tmp_path):
+    """torch's dynamic rendezvous would unpickle what anyone writes there; launcher.sh's does not.
+
+    The stranger writes under every name that is there, and under those of that rendezvous.
+    """
+    process, _, command = training("dist")
+    port = int(re.search(r"--master_port=(\d+)", command)[1])
+    store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=10))
     marker = tmp_path / "marker"
-    text = pickle.dumps(Payload(marker))
-    written = 0
-    for port in ports:
-        try:
-            store = TCPStore("127.0.0.1", port, is_master=False, wait_for_workers=False)
-        except Exception:
-            continue  # no store: a connection between two workers
-        for key in ["torch.rendezvous.none", "torch.rendezvous.stranger", *store.list_keys()]:
-            store.set(key, text)
-            written += 1
-    assert written > 2, "no store was found"
-    time.sleep(3)
-    assert process.poll() is None
+    known = store.list_keys()
+    assert known
+    text = b64encode(pickle.dumps(Payload(marker)))
+    for key in ["torch.rendezvous.none", "torch.rendezvous." + "0" * 8, *known]:
+        store.set(key, text)
+        store.set(key + "/stranger", pickle.dumps(Payload(marker)))
+    time.sleep(6)  # torch's agents look at that state every 5 seconds
     assert not marker.exists()
+    assert process.poll() is None

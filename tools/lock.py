@@ -57,9 +57,9 @@ def lock(packages: list[dict[str, Any]]) -> str:
     version = ".".join(platform.python_version_tuple()[:2])
     kind = f"{platform.system()} {platform.machine()}, {platform.python_implementation()} {version}"
     lines = [
-        "# Everything that requirements.txt and requirements-dev.txt bring, with the digests of the",
-        f"# files for {kind}; made by python -m tools.lock. To install nothing else:",
-        "# pip install --require-hashes -r requirements.lock",
+        "# Everything that requirements.txt and requirements-dev.txt bring, each with its",
+        f"# digest, for {kind}; made by python -m tools.lock.",
+        "# pip install --require-hashes -r requirements.lock installs this and nothing else.",
     ]
     for package in sorted(packages, key=lambda package: package["metadata"]["name"].lower()):
         about = package["metadata"]
