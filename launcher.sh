@@ -335,6 +335,7 @@ run_tool() {
 main() {
     local python small_python visible recipe cores
     local command=() arguments=() shown=() environment=() dropped=() allowed=() safe=()
+    [[ -d $PWD ]] || fail 'the folder where you stand has been removed; go to another'
     parse_options "$@"
     if ((list)); then
         find_python

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import environment, run
+from conftest import environment, marked_processes, run
 from PIL import Image
 
 from tools.arms import has_horovod
@@ -115,6 +115,14 @@ def test_a_python_that_hides_the_folder_of_scripts(engine, here, tmp_path):
     assert result.stderr.startswith("error: -a alexnet --depth 20:")
 
 
+UNKNOWN = 54321  # a user id that no machine has a name for
+READS = "-all,+dac_read_search"  # may read everything, for the sake of an interpreter in /root
+OTHER_USER = [
+    "setpriv", f"--reuid={UNKNOWN}", f"--regid={UNKNOWN}", "--clear-groups", f"--inh-caps={READS}",
+    f"--ambient-caps={READS}", f"--bounding-set={READS}",
+]  # fmt: skip
+
+
 class TestAnotherUser:
     """Who may read the project and write only to a folder of their own."""
 
@@ -126,7 +134,7 @@ class TestAnotherUser:
         folder = Path(tempfile.mkdtemp())
         folder.chmod(0o755)
         images = folder / "images"
-        for part, count in (("train", 40), ("test", 8)):
+        for part, count in (("train", 250), ("test", 8)):
             for name in ("cat", "dog"):
                 (images / part / name).mkdir(parents=True)
                 for i in range(count):
@@ -138,51 +146,65 @@ class TestAnotherUser:
         yield folder
         shutil.rmtree(folder)
 
+    @pytest.mark.slow
+    @pytest.mark.timeout(300)
     def test_with_a_project_and_data_that_are_read_only(self, place, tmp_path):
         """A user id without a name and without a home, as in many containers."""
-        reachable = ["setpriv", f"--reuid={UNKNOWN}", f"--regid={UNKNOWN}", "--clear-groups"]
-        if run([*reachable, "test", "-r", ROOT / "cifar.py"]).returncode:
-            pytest.skip("other users cannot read the project's folder")
+        if run([*OTHER_USER, sys.executable, ROOT / "utils" / "supervise.py"]).returncode != 1:
+            pytest.skip("the other user cannot start this Python")
         before = {path: path.stat().st_mtime_ns for path in (place / "images").rglob("*")}
-        env = odd_environment(tmp_path)
+        env = {**odd_environment(tmp_path), "TMPDIR": str(place / "home")}
         command = [
-            *reachable, LAUNCHER, "-m", "resnet20", "-n", "2", "-d", "folder", "--", "--epochs",
-            "13", "--schedule", "1", "--data", place / "images", "-a", "alexnet", "-c",
-            place / "home" / "run",
+            *OTHER_USER, LAUNCHER, "-m", "alexnet", "-n", "2", "-d", "folder", "--",
+            "--epochs", "4", "--schedule", "1", "--data", place / "images",
+            "-c", place / "home" / "run",
         ]  # fmt: skip
         result = run(command, env=env, cwd=place / "home")
         assert result.returncode == 0, result.stderr
-        assert result.stderr == ""
+        assert "Matplotlib" in result.stderr  # it says that it misses a home
+        assert len(result.stderr.splitlines()) == 1
         assert "going on without a cache" in result.stdout
-        assert left_by(place / "home" / "run") == FILES
-        assert left_by(place / "home") == ["run"]
+        assert set(left_by(place / "home" / "run")) >= set(FILES)
         after = {path: path.stat().st_mtime_ns for path in (place / "images").rglob("*")}
         assert after == before
 
 
-UNKNOWN = 54321  # a user id that no machine has a name for
-
-
 def test_a_folder_that_is_gone(tmp_path):
-    """Relative paths lead nowhere there; absolute ones train."""
-    gone = tmp_path / "gone"
+    """Nothing works there, not even torch; bash itself complains before the launcher can."""
+    command = [LAUNCHER, "-m", "alexnet", "-d", "synthetic10", "--", "-c", tmp_path / "run"]
     script = 'mkdir "$1" && cd "$1" && rmdir "$1" && shift && exec "$@"'
-    command = [sys.executable, ROOT / "cifar.py", *SYNTHETIC]
-    start = ["bash", "-c", script, "-", gone, *command]
-    nowhere = run(start)
-    assert nowhere.returncode == 2
-    (line,) = nowhere.stderr.splitlines()
-    assert line.startswith("error: --checkpoint checkpoints/synthetic10/alexnet: cannot be")
-    result = run([*start, "-c", tmp_path / "run"])
-    assert result.returncode == 0, result.stderr
-    assert left_by(tmp_path / "run") == FILES
+    result = run(["bash", "-c", script, "-", tmp_path / "gone", *command])
+    assert result.returncode == 2
+    *_, last = result.stderr.splitlines()
+    assert last == "error: the folder where you stand has been removed; go to another"
+    assert left_by(tmp_path) == []
 
 
-class TestSecrets:
-    def test_do_not_show_on_command_lines(self, tmp_path):
-        """horovodrun puts the environment of the workers there, for everybody to read."""
-        if not has_horovod():
-            pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+@pytest.mark.slow
+@pytest.mark.horovod
+def test_secrets_do_not_show_on_command_lines(tmp_path):
+    """horovodrun puts the environment of the workers there, for everybody to read."""
+    if not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+    before = marked_processes()
+    command = [
+        LAUNCHER, "-m", "alexnet", "-n", "2", "-d", "synthetic10", "-f", "horovod", "--", *QUICK,
+        "--epochs", "99", "-c", tmp_path / "run",
+    ]  # fmt: skip
+    process = subprocess.Popen(
+        [str(word) for word in command],
+        env=environment(API_TOKEN="hunter2", AWS_SECRET_ACCESS_KEY="hunter2", SSHPASS="hunter2"),
+        cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("train loss"):
+            break
+    processes = marked_processes() - before
+    shown = [Path(f"/proc/{number}/cmdline").read_bytes() for number in processes]
+    process.terminate()
+    process.communicate(timeout=60)
+    assert sum(b"HOROVOD_RANK" in text for text in shown) >= 2, "the workers were not looked at"
+    assert not any(b"hunter2" in text for text in shown)
 
 
 @pytest.mark.slow
@@ -218,5 +240,8 @@ def test_more_workers_than_images(tmp_path):
     command = [LAUNCHER, "-m", "alexnet", "-n", "4", "-d", "synthetic10", "--"]
     result = run([*command, "--train-size", "3", "-c", tmp_path / "run"])
     assert result.returncode == 2
-    assert result.stderr == ("error: --train-size 3: 3 images are fewer than the 4 workers\n")
+    assert result.stderr == (
+        "error: --train-size 3: 4 images are the least for 4 workers times "
+        "--backward-passes-per-step 1; give more images\n"
+    )
     assert not (tmp_path / "run").exists()
