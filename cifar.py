@@ -90,6 +90,13 @@ class TorchComm(Comm):
             wrapped.register_comm_hook(None, fp16_compress_hook)
         return wrapped, optimizer
 
+    def settle(self, rehearse: Callable[[], None]) -> None:
+        # After the first backward DDP puts the gradients into other buckets, in the order in which
+        # they came. Where in a bucket a number lies decides in which order three or more workers
+        # add it up.
+        if self.launched and self.size > 2:
+            rehearse()
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 

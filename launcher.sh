@@ -12,6 +12,12 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   -f ENGINE    dist (PyTorch DistributedDataParallel, default) or horovod
   --port N     dist: port of the rendezvous on 127.0.0.1 (default: a free one)
   --hosts LIST horovod: host:slots,... for workers on several machines (default: all here)
+  --min-np N, --max-np N, --host-discovery-script FILE
+               horovod: go on with any number of workers between N and N when some are lost or new
+               ones come; FILE prints the hosts of the moment, host:slots a line
+  --max-restarts N
+               start again, from the newest checkpoint, after a failure that need not come again:
+               a killed or stalled worker, a lost connection (default: 3; 0 to 1000)
   --yes        horovod: build it first where it is missing (minutes, once)
   --list       show the recipes
   --dry-run    print the command and its environment, start nothing
@@ -35,13 +41,13 @@ fail() {
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' dry_run=0 list=0 yes=0 tool='' benchmark=all
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' min_np='' max_np='' discovery='' restarts=3 dry_run=0 list=0 yes=0 tool='' benchmark=all
 flags=()
 
 parse_options() {
     while (($#)); do
         case $1 in
-            -m | -n | -g | -d | -f | --port | --hosts)
+            -m | -n | -g | -d | -f | --port | --hosts | --min-np | --max-np | --host-discovery-script | --max-restarts)
                 [[ ${2-} != '' && $2 != -[^0-9]* ]] || fail "$1 '${2-}': needs a value; ./launcher.sh -h shows which"
                 case $1 in
                     -m) model=$2 ;;
@@ -51,10 +57,16 @@ parse_options() {
                     -f) engine=$2 ;;
                     --port) port=$2 ;;
                     --hosts) hosts=$2 ;;
+                    --min-np) min_np=$2 ;;
+                    --max-np) max_np=$2 ;;
+                    --host-discovery-script) discovery=$2 ;;
+                    --max-restarts) restarts=$2 ;;
                 esac
                 shift 2
                 ;;
-            --port=* | --hosts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+            --port=* | --hosts=* | --min-np=* | --max-np=* | --host-discovery-script=* | --max-restarts=*)
+                set -- "${1%%=*}" "${1#*=}" "${@:2}"
+                ;;
             -[mngdf]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
@@ -160,6 +172,27 @@ check_hosts() {
     ((workers <= slots)) || fail "-n $workers: more workers than the $slots slot(s) of --hosts $hosts"
 }
 
+# Checks min_np, max_np and discovery: Horovod Elastic.
+check_elastic() {
+    local flag value
+    [[ $min_np$max_np$discovery ]] || return 0
+    [[ $engine == horovod ]] ||
+        fail "--min-np, --max-np, --host-discovery-script: for -f horovod; leave them out"
+    for flag in --min-np --max-np; do
+        value=$min_np
+        [[ $flag == --min-np ]] || value=$max_np
+        [[ -z $value || $value =~ ^[1-9][0-9]{0,3}$ ]] ||
+            fail "$flag '$value': give a whole number from 1 to 9999"
+    done
+    min_np=${min_np:-$workers} max_np=${max_np:-$workers}
+    ((min_np <= workers && workers <= max_np)) ||
+        fail "--min-np $min_np --max-np $max_np: -n $workers must lie between them"
+    [[ -z $discovery ]] || [[ -f $discovery && -x $discovery && -z $hosts ]] ||
+        fail "--host-discovery-script '$discovery': give a program that prints host:slots lines, and no --hosts"
+    [[ $discovery || $hosts == *,* ]] ||
+        fail "--min-np $min_np: needs --host-discovery-script FILE, or two entries in --hosts"
+}
+
 # How many GPUs the driver shows.
 gpu_count() {
     if command -v nvidia-smi >/dev/null; then
@@ -210,6 +243,11 @@ check_workers() {
         [[ ${#workers} -lt 6 && $workers -le $most ]] ||
             fail "-n $workers: too many for the $((most / 16)) core(s) here; give at most -n $most"
     fi
+}
+
+check_restarts() {
+    [[ $restarts =~ ^(0|[1-9][0-9]{0,3})$ && $restarts -le 1000 ]] ||
+        fail "--max-restarts '$restarts': give a whole number from 0 to 1000"
 }
 
 # A control character in the printed command would not be what it looks like.
@@ -288,10 +326,16 @@ horovod_command() {
     script=$(from_here cifar_horovod.py)
     horovodrun=${python%/*}/horovodrun
     command=("$python" "${safe[@]}" -m horovod.runner.launch)
-    [[ ! -x $horovodrun ]] || command=("$horovodrun")
-    command+=(-np "$workers" -H "$hosts" --gloo --disable-cache)
-    [[ $hosts != "localhost:$workers" || ! -e /sys/class/net/lo ]] ||
-        command+=(--network-interfaces lo)
+    [[ ! -x $horovodrun ]] || command=("$python" "${safe[@]}" "$horovodrun")
+    command+=(-np "$workers" --gloo --disable-cache)
+    if [[ $discovery ]]; then
+        command+=(--host-discovery-script "$discovery")
+    else
+        command+=(-H "$hosts")
+        [[ ! $hosts =~ ^(localhost|127\.0\.0\.1):[0-9]+(,(localhost|127\.0\.0\.1):[0-9]+)*$ || ! -e /sys/class/net/lo ]] ||
+            command+=(--network-interfaces lo)
+    fi
+    [[ -z $min_np ]] || command+=(--min-np "$min_np" --max-np "$max_np")
     command+=("$python" "$script")
 }
 
@@ -334,7 +378,7 @@ run_tool() {
 
 main() {
     local python small_python visible recipe cores
-    local command=() arguments=() shown=() environment=() dropped=() allowed=() safe=()
+    local command=() arguments=() shown=() environment=() dropped=() allowed=() safe=() start=()
     [[ -d $PWD ]] || fail 'the folder where you stand has been removed; go to another'
     parse_options "$@"
     if ((list)); then
@@ -353,6 +397,8 @@ main() {
     check_engine
     check_gpus
     check_workers
+    check_restarts
+    check_elastic
     check_flags
     find_python
     check_dataset
@@ -391,11 +437,12 @@ main() {
     ((dry_run)) && return
     ((${#dropped[@]} == 0)) || unset "${dropped[@]}"
     export "${environment[@]}"
+    start=("$python" "$root/utils/supervise.py" --max-restarts "$restarts")
     if [[ $engine == horovod ]]; then
         mapfile -d '' -t allowed < <(allowed_environment)
-        exec env -i "${allowed[@]}" "$python" "$root/utils/supervise.py" --tagged -- "${command[@]}"
+        exec env -i "${allowed[@]}" "${start[@]}" --tagged -- "${command[@]}"
     fi
-    exec "$python" "$root/utils/supervise.py" -- "${command[@]}"
+    exec "${start[@]}" -- "${command[@]}"
 }
 
 main "$@"

@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -61,6 +62,14 @@ def marked_processes() -> set[int]:
         except OSError:
             continue  # it has ended, or is somebody else's
     return found
+
+
+def wait_until(condition, seconds=10) -> None:
+    """Wait for a condition to come about; a test that waits in vain fails."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "has not come about in time"
+        time.sleep(0.02)
 
 
 def kill(processes) -> None:
@@ -133,14 +142,17 @@ MODELS = {
 
 @pytest.fixture
 def train():
-    """Run the script of an engine in a folder, killed after some steps, or with a fault."""
+    """Run the script of an engine in a folder as the launcher does, with a fault planted or not."""
 
-    def start(folder, model, engine, workers, *more, kill_at=None, fault="none"):
+    def start(folder, model, engine, workers, *more, fault="none", restarts=0):
         if engine == "horovod":
             pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
         script = SCRIPTS[engine].removesuffix(".py")
-        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"))
-        words += [fault if kill_at is None else f"kill-{kill_at}", script]
+        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"), fault, script)
+        if engine != "serial":
+            tagged = ["--tagged"] if engine == "horovod" else []
+            supervise = [sys.executable, str(ROOT / "utils" / "supervise.py"), *tagged]
+            words = [*supervise, "--max-restarts", str(restarts), "--", *words]
         return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
 
     return start

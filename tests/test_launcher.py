@@ -110,6 +110,10 @@ def dry_run(launch, *arguments, **options):
         ("-m alexnet --port 80", 0, ["--port '80'", "1024 to 65535"]),
         ("-m alexnet --port 65536", 0, ["--port '65536'", "1024 to 65535"]),
         ("-m alexnet --port x", 0, ["--port 'x'", "1024 to 65535"]),
+        ("-m alexnet --max-restarts -1", 0, ["--max-restarts '-1'", "0 to 1000"]),
+        ("-m alexnet --max-restarts=1001", 0, ["--max-restarts '1001'", "0 to 1000"]),
+        ("-m alexnet --max-restarts 1e1", 0, ["--max-restarts '1e1'", "0 to 1000"]),
+        ("-m alexnet --max-restarts", 0, ["--max-restarts ''", "needs a value"]),
         ("-m alexnet --epochs 2", 0, ["'--epochs'", "after --"]),
         ("-m alexnet cifar10", 0, ["'cifar10'", "after --"]),
         ("-m alexnet -- $'a\\nb'", 0, [r"-- $'a\nb'", "control character"]),
@@ -273,6 +277,21 @@ def test_arguments_arrive_byte_for_byte_and_the_printed_command_does_the_same(
     again = json.loads((tmp_path / "report1").read_text())
     assert again["argv"][2:] == arguments
     assert list(launch.folder.iterdir()) == [], "a hostile argument was executed"
+
+
+def test_what_is_killed_is_started_again_as_often_as_asked(launch, tmp_path):
+    stand_in = tmp_path / "torch" / "distributed"
+    stand_in.mkdir(parents=True)
+    for folder in (stand_in.parent, stand_in):
+        (folder / "__init__.py").write_text("")
+    (stand_in / "run.py").write_text("import os\nos.kill(os.getpid(), 9)")
+    call = ["-m", "alexnet", "-d", "synthetic10", "--max-restarts", "1"]
+    result = launch(*call, PYTHONPATH=str(tmp_path))
+    assert result.returncode == 3
+    assert result.stderr.splitlines() == [
+        "the launcher was ended by signal 9 (SIGKILL); restart 1 of 1 from the newest checkpoint",
+        "error: the launcher was ended by signal 9 (SIGKILL); training has stopped after 1 restart",
+    ]
 
 
 def test_horovod_trains_and_a_hostile_environment_stays_data(launch, tmp_path):

@@ -38,7 +38,7 @@ def check(train, tmp_path, model, engine, workers, kill_at):
     untouched, killed = tmp_path / "untouched", tmp_path / "killed"
     result = train(untouched, model, engine, workers)
     assert result.returncode == 0, result.stderr
-    assert train(killed, model, engine, workers, kill_at=kill_at).returncode != 0
+    assert train(killed, model, engine, workers, fault=f"kill-{kill_at}").returncode != 0
     result = train(killed, model, engine, workers, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     same(untouched, killed)
@@ -105,7 +105,7 @@ def test_a_run_goes_on_inside_an_epoch_with_other_workers_of_another_engine(
     precise = ("--dtype", "float64")
     alone, folder = tmp_path / "alone", tmp_path / "relay"
     assert train(alone, "alexnet", "serial", 1, *precise).returncode == 0
-    assert train(folder, "alexnet", *first, *precise, kill_at=5).returncode != 0
+    assert train(folder, "alexnet", *first, *precise, fault="kill-5").returncode != 0
     result = train(folder, "alexnet", *then, *precise, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert "after epoch 0, step 3" in result.stdout

@@ -9,11 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import engine_command, environment, marked_processes, run
+from conftest import ROOT, engine_command, environment, marked_processes, run, wait_until
 
-from utils.supervise import Failure, Screen, root_cause
+from tools.arms import has_horovod
+from utils.screen import Failure, Screen, root_cause
 
-SUPERVISE = Path(__file__).resolve().parent.parent / "utils" / "supervise.py"
+SUPERVISE = ROOT / "utils" / "supervise.py"
 
 
 @pytest.fixture
@@ -28,8 +29,15 @@ def script(tmp_path):
     return write
 
 
-def command_of(path):
-    return [sys.executable, SUPERVISE, "--", sys.executable, "-u", path]
+def command_of(path, *options):
+    return [sys.executable, SUPERVISE, *options, "--", sys.executable, "-u", path]
+
+
+def impatient(command, **seconds):
+    """The same command with other time limits in utils/supervise.py."""
+    changes = "".join(f"supervise.{name} = {value}\n" for name, value in seconds.items())
+    body = f"from utils import supervise\n{changes}supervise.sys.exit(supervise.main({{!r}}))"
+    return [sys.executable, "-c", body.format([str(word) for word in command[2:]])]
 
 
 def start(command):
@@ -37,19 +45,13 @@ def start(command):
     return subprocess.Popen(
         [str(word) for word in command],
         env=environment(),
+        cwd=ROOT,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
-
-
-def wait_until(condition, seconds=10):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "has not come about in time"
-        time.sleep(0.02)
 
 
 def child_of(process):
@@ -172,10 +174,7 @@ class TestBesideAnyLauncher:
         before = marked_processes()
         process = start(command_of(path))
         assert process.stdout.readline() == process.stdout.readline() == "ready\n"
-        process.terminate()
-        time.sleep(0.7)
-        assert process.poll() is None
-        process.terminate()
+        insist(process)
         assert process.wait(10) == 128 + signal.SIGTERM
         assert marked_processes() <= before
 
@@ -235,9 +234,313 @@ class TestBesideAnyLauncher:
         assert result.stderr == "error: cannot start no-such-program: No such file or directory\n"
 
 
+def insist(process):
+    """Send SIGTERM twice, the second time after what might be an echo."""
+    process.terminate()
+    time.sleep(0.7)
+    assert process.poll() is None
+    process.terminate()
+
+
 STUBBORN = "for number in (1, 2, 15):\n    signal.signal(number, signal.SIG_IGN)\n"
 WAIT = "print('ready', flush=True)\ntime.sleep(60)"
 STUBBORN += f"if len(sys.argv) > 1:\n    {WAIT.replace(chr(10), chr(10) + '    ')}\n"
+
+
+class TestRestarts:
+    def start_over(self, path, restarts=2):
+        """Run a command that may be restarted twice."""
+        return run(command_of(path, "--max-restarts", restarts))
+
+    def test_after_a_failure_the_command_is_started_again_and_told(self, script):
+        path = script(
+            "restarts = os.environ.get('CIFAR_RESTARTS', 'none')\nprint(restarts, flush=True)\n"
+            "if restarts == 'none':\n    os.kill(os.getpid(), signal.SIGKILL)\n"
+            "if restarts == '1':\n    sys.exit(1)"
+        )
+        result = self.start_over(path)
+        assert result.returncode == 0
+        assert result.stdout.split() == ["none", "1", "2"]
+        assert result.stderr.splitlines() == [
+            "the launcher was ended by signal 9 (SIGKILL); restart 1 of 2 from the newest "
+            "checkpoint",
+            "the launcher failed with exit code 1; restart 2 of 2 from the newest checkpoint",
+        ]
+
+    def test_restarts_are_used_up(self, script):
+        result = self.start_over(script("sys.exit(1)"), restarts=1)
+        assert result.returncode == 3
+        assert result.stderr.splitlines()[1:] == [
+            "error: the launcher failed with exit code 1; training has stopped after 1 restart"
+        ]
+
+    @pytest.mark.parametrize("code", [0, 2, 3, 75])
+    def test_what_would_come_again_and_what_is_done_is_not_tried_again(self, script, code):
+        result = self.start_over(script(f"print('started')\nsys.exit({code})"))
+        assert (result.returncode, result.stdout) == (code, "started\n")
+
+    def test_no_process_of_the_failed_attempt_is_left_when_the_next_begins(self, script):
+        """Even if it is in a session of its own and ignores SIGTERM."""
+        path = script(
+            STUBBORN + "if 'CIFAR_RESTARTS' in os.environ:\n    print('again', flush=True)\n"
+            "    sys.exit()\n"
+            "child = subprocess.Popen([sys.executable, '-u', __file__, '-'],\n"
+            "                         stdout=subprocess.PIPE, start_new_session=True)\n"
+            "child.stdout.readline()\nprint(child.pid, flush=True)\n"
+            "os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        process = start(command_of(path, "--max-restarts", 1))
+        orphan = int(process.stdout.readline())
+        assert process.stdout.readline() == "again\n"
+        assert not Path(f"/proc/{orphan}").exists()
+        assert process.wait(10) == 0
+
+    def test_fifty_restarts_leave_nothing_behind(self, tmp_path):
+        temporary = tmp_path / "temporary"
+        temporary.mkdir()
+        body = "ls /proc/$PPID/fd | wc -l; grep Threads /proc/$PPID/status; kill -9 $$"
+        result = run(
+            [sys.executable, SUPERVISE, "--max-restarts", 50, "--", "/bin/sh", "-c", body],
+            env=environment(TMPDIR=str(temporary)),
+        )
+        assert result.returncode == 3
+        lines = result.stdout.splitlines()
+        files, threads = lines[0::2], lines[1::2]
+        assert len(files) == 51
+        counts = [int(count) for count in files]
+        assert max(counts) - min(counts) < 5  # the pipe that reports a failed start comes and goes
+        assert len(set(threads)) == 1
+        assert list(temporary.iterdir()) == []
+
+    def test_what_an_outer_supervisor_has_said_is_not_passed_on(self, script):
+        path = script("print(os.environ.get('CIFAR_RESTARTS'), os.environ['CIFAR_WATCH'])")
+        result = run(command_of(path), env=environment(CIFAR_RESTARTS="7", CIFAR_WATCH="outer"))
+        restarts, name = result.stdout.split()
+        assert restarts == "None"
+        assert name != "outer"
+
+
+# Workers that say who they are, and leave a moment after they have been asked to.
+WATCHED = f"""
+sys.path.insert(0, {str(ROOT)!r})
+from utils.watch import Watch
+
+LAUNCH
+asked = []
+
+def take(number, _):
+    asked.append(number)
+    os.write(1, b"%d got %d\\n" % (rank, number))
+
+for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+    signal.signal(number, take)
+watch = Watch()
+watch.begin(rank, TIMEOUT)
+os.write(1, b"%d is %d\\n" % (rank, os.getpid()))
+
+def leave(code):
+    watch.leave(code)
+    os._exit(code)
+
+def go_on():
+    while not {{10, 15}} & {{*asked}}:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    leave(75)
+
+def forever():
+    while True:
+        time.sleep(60)
+
+"""
+# A launcher that starts two of them, waits for both, and passes on the larger exit code.
+LAUNCH = """
+if len(sys.argv) == 1:
+    time.sleep(DELAY)
+    workers = [subprocess.Popen([sys.executable, "-u", __file__, str(k)]) for k in range(2)]
+    sys.exit(max(worker.wait() for worker in workers))
+rank = int(sys.argv[1])
+"""
+# The same for workers of a real one.
+LAUNCHED = 'rank = int(os.environ.get("RANK") or os.environ["HOROVOD_RANK"])'
+
+
+@pytest.fixture
+def workers(script):
+    """Start two workers that do something under a supervisor; returns it and their processes."""
+
+    def begin(body="go_on()", timeout=60, delay=0, options=(), **seconds):
+        head = WATCHED.replace("LAUNCH", LAUNCH.replace("DELAY", str(delay)))
+        path = script(head.replace("TIMEOUT", str(timeout)) + body)
+        command = command_of(path, *options)
+        process = start(impatient(command, **seconds) if seconds else command)
+        if delay:
+            return process, []
+        lines = sorted(process.stdout.readline().split() for _ in range(2))
+        return process, [int(line[2]) for line in lines]
+
+    return begin
+
+
+class TestRequests:
+    """Signals ask workers to save and leave; the supervisor hands them on."""
+
+    @pytest.mark.parametrize(
+        ("sent", "got"),
+        [
+            (signal.SIGINT, signal.SIGTERM),
+            (signal.SIGTERM, signal.SIGTERM),
+            (signal.SIGHUP, signal.SIGTERM),
+            (signal.SIGUSR1, signal.SIGUSR1),
+        ],
+    )
+    def test_each_worker_is_asked_once_and_the_launcher_is_not(self, workers, sent, got):
+        process, _ = workers(options=("--max-restarts", 3))
+        process.send_signal(sent)
+        out, err = process.communicate(timeout=20)
+        assert sorted(out.splitlines()) == [f"0 got {got:d}", f"1 got {got:d}"]
+        assert (process.returncode, err) == (75, "")
+
+    def test_a_request_to_save_and_go_on_reaches_the_workers_and_ends_nothing(self, workers):
+        process, _ = workers("while not asked:\n    time.sleep(0.02)\nleave(0)")
+        process.send_signal(signal.SIGUSR2)
+        out, err = process.communicate(timeout=20)
+        assert sorted(out.splitlines()) == ["0 got 12", "1 got 12"]
+        assert (process.returncode, err) == (0, "")
+
+    def test_sigusr1_and_2_before_any_worker_is_there_kill_nobody(self, workers):
+        """The first waits for the workers; the second has nothing to save."""
+        process, _ = workers(delay=0.7)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGUSR2)
+        process.send_signal(signal.SIGUSR1)
+        out, err = process.communicate(timeout=20)
+        heard = sorted(line for line in out.splitlines() if " got " in line)
+        assert heard == ["0 got 10", "1 got 10"]
+        assert (process.returncode, err) == (75, "")
+
+    def test_sigterm_after_sigusr1_does_not_cut_the_save_short(self, workers):
+        process, _ = workers("while not asked:\n    time.sleep(0.02)\ntime.sleep(1)\nleave(75)")
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.7)
+        process.terminate()
+        assert process.wait(10) == 75
+
+    def test_a_second_request_ends_everything_at_once(self, workers):
+        before = marked_processes()
+        process, _ = workers("forever()")
+        insist(process)
+        assert process.wait(3) == 128 + signal.SIGTERM
+        assert marked_processes() <= before
+
+    def test_a_save_that_takes_too_long_is_cut_short(self, workers):
+        process, _ = workers("forever()", PATIENCE=0.5)
+        process.send_signal(signal.SIGINT)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=20)
+        assert time.monotonic() - begin > 0.5
+        assert (process.returncode, err) == (128 + signal.SIGINT, "")
+
+    def test_a_failure_after_a_request_is_reported_and_not_tried_again(self, workers):
+        body = "while not asked:\n    time.sleep(0.02)\nleave(1)"
+        process, _ = workers(body, options=("--max-restarts", 3))
+        process.terminate()
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 3
+        assert err == "error: the launcher failed with exit code 1; training has stopped\n"
+
+
+class TestStalls:
+    def test_a_worker_that_stands_still_is_named_and_shows_its_stack(self, workers):
+        before = marked_processes()
+        body = "for k in range(2 - rank):\n    watch.beat(f'training step {k + 1}')\nforever()"
+        process, (_, second) = workers(body, timeout=1.5)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 3
+        assert err.count("Fatal Python error: Aborted") == err.count(" in forever") == 1
+        assert err.splitlines()[-1] == (
+            f"error: rank 1 (process {second}) has not gone on for 1.5 s (training step 1); "
+            "training has stopped"
+        )
+        assert marked_processes() <= before
+
+    def test_a_stopped_worker_is_named_and_the_job_started_again(self, workers):
+        """Although it has begun more than the other one."""
+        body = (
+            "if 'CIFAR_RESTARTS' in os.environ:\n    leave(0)\n"
+            "watch.beat('evaluating')\nif rank == 0:\n    watch.beat('saving')\n"
+            "    os.kill(os.getpid(), signal.SIGSTOP)\nforever()"
+        )
+        process, (first, _) = workers(body, timeout=1, options=("--max-restarts", 1))
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == 0
+        assert err == (
+            f"rank 0 (process {first}) has not gone on for 1 s (saving, stopped by a signal); "
+            "restart 1 of 1 from the newest checkpoint\n"
+        )
+
+    def test_where_nobody_is_behind_all_are_named(self, workers):
+        process, _ = workers("watch.beat('step 9')\nforever()", timeout=0.5)
+        _, err = process.communicate(timeout=20)
+        assert err.count("Fatal Python error: Aborted") == 2
+        assert err.splitlines()[-1] == (
+            "error: none of the 2 ranks has gone on for 0.5 s (step 9); training has stopped"
+        )
+
+    def test_an_idle_rank_may_take_its_time(self, workers):
+        body = "if rank == 0:\n    watch.beat('waiting')\ntime.sleep(1)\nleave(0)"
+        process, _ = workers(body, timeout=0.3)
+        assert process.communicate(timeout=20)[1] == ""
+        assert process.returncode == 0
+
+    @pytest.mark.slow
+    def test_time_in_which_the_supervisor_itself_was_stopped_does_not_count(self, workers):
+        """As when the machine or the container was suspended."""
+        body = "for k in range(30):\n    watch.beat(f'step {k}')\n    time.sleep(0.1)\nleave(0)"
+        process, ranks = workers(body, timeout=2.5)
+        time.sleep(0.4)  # until they have begun
+        for number, then in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):
+            first, last = ([process.pid], ranks)[:: -1 if number == signal.SIGSTOP else 1]
+            for stopped in first:
+                os.kill(stopped, number)
+            time.sleep(0.4)  # until all that was said has been heard
+            for stopped in last:
+                os.kill(stopped, number)
+            time.sleep(then)
+        assert process.communicate(timeout=20)[1] == ""
+        assert process.returncode == 0
+
+
+class TestLaunchersThatDoNotNotice:
+    """The launcher of these workers waits for rank 0 first, whatever happens to rank 1."""
+
+    def test_when_a_worker_has_crashed_the_others_get_some_seconds(self, workers):
+        body = "if rank == 1:\n    os.kill(os.getpid(), signal.SIGKILL)\nforever()"
+        process, _ = workers(body, LINGER=0.5)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=20)
+        assert time.monotonic() - begin < 10
+        assert process.returncode == 3
+        assert err.startswith("error: the launcher failed")
+
+    def test_when_a_worker_has_left_the_others_get_longer(self, workers):
+        body = "if rank == 0:\n    forever()\nleave(75)"
+        process, _ = workers(body, LINGER=0.2, PATIENCE=1)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=20)
+        assert 0.8 < time.monotonic() - begin < 10
+        assert process.returncode == 3
+        assert err == (
+            "error: the launcher has not ended within 1 s of rank 1; training has stopped\n"
+        )
+
+    @pytest.mark.parametrize("code", [0, 75])
+    def test_when_all_workers_have_left_their_exit_code_counts(self, script, code):
+        hangs = LAUNCH.replace("    sys.exit(", "    time.sleep(60)\n    sys.exit(")
+        head = WATCHED.replace("LAUNCH", hangs.replace("DELAY", "0")).replace("TIMEOUT", "60")
+        result = run(impatient(command_of(script(head + f"leave({code})")), PATIENCE=1))
+        assert (result.returncode, result.stderr) == (code, "")
+
 
 # A worker, told what to do on each rank by its arguments.
 WORKER = """
@@ -313,3 +616,75 @@ class TestBesideTorch:
         os.close(terminal)
         assert shown.replace(b"\r\n", b"") == b"readyready^C"
         assert marked_processes() <= before
+
+
+@pytest.fixture(params=["dist", pytest.param("horovod", marks=pytest.mark.horovod)])
+def launched(request, script):
+    """Start two workers with a real launcher that may be restarted once; as ``workers``."""
+    engine = request.param
+    if engine == "horovod" and not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+
+    def begin(body, timeout=60, **seconds):
+        head = WATCHED.replace("LAUNCH", LAUNCHED).replace("TIMEOUT", str(timeout))
+        command = [sys.executable, SUPERVISE, *["--tagged"] * (engine == "horovod")]
+        command += ["--max-restarts", "1", "--", *engine_command(engine, 2, script(head + body))]
+        process = start(impatient(command, **seconds))
+        lines = sorted(process.stdout.readline().split() for _ in range(2))
+        return process, [int(line[2]) for line in lines]
+
+    return begin
+
+
+class TestBesideRealLaunchers:
+    def test_a_killed_worker_is_named_and_the_job_started_again_at_once(self, launched):
+        """Although the other worker hears nobody, as when it waits for a GPU."""
+        before = marked_processes()
+        process, (_, second) = launched(
+            "if 'CIFAR_RESTARTS' in os.environ:\n    leave(0)\nforever()", LINGER=0.5
+        )
+        os.kill(second, signal.SIGKILL)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=60)
+        assert time.monotonic() - begin < 25
+        assert process.returncode == 0
+        assert err == (
+            "rank 1 was ended by signal 9 (SIGKILL); restart 1 of 1 from the newest checkpoint\n"
+        )
+        assert marked_processes() <= before
+
+    def test_a_request_is_met_in_peace(self, launched):
+        process, _ = launched("go_on()")
+        process.terminate()
+        out, err = process.communicate(timeout=60)
+        assert {"0 got 15", "1 got 15"} <= set(out.splitlines())
+        assert (process.returncode, err) == (75, "")
+
+    def test_one_worker_alone_may_be_asked(self, launched):
+        """It leaves; the other one is asked by the launcher."""
+        process, (_, second) = launched("go_on()")
+        os.kill(second, signal.SIGUSR1)
+        _, err = process.communicate(timeout=60)
+        assert (process.returncode, err) == (75, "")
+
+    @pytest.mark.parametrize("stopped", [False, True])
+    def test_a_stall_is_one_line_after_the_stack(self, launched, stopped):
+        process, (_, second) = launched(
+            "if 'CIFAR_RESTARTS' in os.environ:\n    leave(0)\n"
+            "for k in range(2 - rank):\n    watch.beat(f'training step {k + 1}')\nforever()",
+            timeout=2,
+        )
+        if stopped:
+            time.sleep(0.5)  # until it has begun
+            os.kill(second, signal.SIGSTOP)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 0
+        *stack, last = err.splitlines()
+        note = ", stopped by a signal" * stopped
+        assert last == (
+            f"rank 1 (process {second}) has not gone on for 2 s (training step 1{note}); "
+            "restart 1 of 1 from the newest checkpoint"
+        )
+        assert err.count(" in forever") == (0 if stopped else 1)
+        assert len(stack) < 10
+        assert "Traceback" not in err

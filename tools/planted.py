@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from tools.arms import engine_class
-from utils import engine, evaluation, order, startup
+from utils import checkpoint, engine, evaluation, order, startup
 from utils.comm import Comm
 from utils.step import Step
 
@@ -145,18 +145,36 @@ def in_evaluation(name: str) -> None:
     evaluation.ImageSet.batch = batch
 
 
-def other_option(*_: Any) -> None:
+def other_option() -> None:
     """The last worker is started with another learning rate."""
     real = engine.parse_args
 
     def parse(argv: Any) -> Any:
         options = real(argv)
-        rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
-        if rank == int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", 1))) - 1:
+        if _last_rank():
             options.lr *= 2
         return options
 
     engine.parse_args = parse
+
+
+def other_files() -> None:
+    """The last worker finds no checkpoint where the others find one."""
+    if _last_rank():
+        checkpoint.LATEST = checkpoint.PREVIOUS = "nowhere"
+
+
+def other_data() -> None:
+    """The last worker reads another set of images."""
+    real = engine.load_dataset
+
+    def load(*arguments: Any, **named: Any) -> Any:
+        data = real(*arguments, **named)
+        if _last_rank():
+            data.train_labels[0] = (data.train_labels[0] + 1) % 10
+        return data
+
+    engine.load_dataset = load
 
 
 # By name, what happens before step N for NAME-N, and whether on all workers.
@@ -189,7 +207,19 @@ MISTAKES: dict[str, Callable[[], None]] = {
 FAULTS: dict[str, Callable[[], None]] = {
     "term-in-evaluation": lambda: in_evaluation("SIGTERM"),
     "other-option": other_option,
+    "other-files": other_files,
+    "other-data": other_data,
 }
+
+
+def _started_again() -> bool:
+    names = ("CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
+    return any(int(os.environ.get(name, 0)) for name in names)
+
+
+def _last_rank() -> bool:
+    rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
+    return rank == int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", 1))) - 1
 
 
 def plant(mistake: str) -> None:
@@ -212,6 +242,8 @@ def main() -> int:
     arguments = [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
     mistakes, script, *rest = arguments
     for mistake in mistakes.split("+"):
+        if mistake not in MISTAKES and _started_again():
+            continue  # faults happen once
         plant(mistake)
     return engine.main(engine_class(script), rest)
 

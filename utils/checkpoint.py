@@ -164,6 +164,8 @@ def digest(value: Any) -> str:
 
     def feed(value: Any) -> None:
         if isinstance(value, Tensor):
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError("a tensor is larger than what is stored of it")
             found.update(f"{value.dtype} {tuple(value.shape)}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
             found.update(flat.view(torch.uint8).numpy().data)
@@ -230,7 +232,10 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
         ) from error
     if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
         state = {"state_dict": state}
-    if not isinstance(state, dict) or not isinstance(state.get("state_dict"), dict):
+    weights = state.get("state_dict") if isinstance(state, dict) else None
+    if not isinstance(weights, dict) or not all(
+        isinstance(name, str) and _is_plain(value) for name, value in weights.items()
+    ):
         raise UserError(f"{flag} {path}: holds no 'state_dict'; name a training checkpoint")
     written = state.get("format", 0)
     if not isinstance(written, int) or written > FORMAT:
@@ -238,12 +243,28 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
             f"{flag} {path}: written in format {written}, this version reads up to "
             f"{FORMAT}; use a newer version"
         )
-    if written >= 2 and state.pop("digest", None) != digest(state):
+    if (written >= 2 or "digest" in state) and not _has_its_digest(state):
         raise UserError(f"{flag} {path}: damaged (its digest does not fit); name another file")
-    state["state_dict"] = {
-        key.removeprefix("module."): value for key, value in state["state_dict"].items()
-    }
+    state["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
     return state
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a tensor holds real numbers, all of them; so does what is no tensor."""
+    return not isinstance(value, Tensor) or (
+        value.layout == torch.strided
+        and value.device.type == "cpu"
+        and not value.is_complex()
+        and not value.is_quantized
+    )
+
+
+def _has_its_digest(state: dict[str, Any]) -> bool:
+    """Whether the digest in a state, which is taken out, is that of the rest."""
+    try:
+        return state.pop("digest", None) == digest(state)
+    except Exception:  # no save has written a list within itself, or a tensor without content
+        return False
 
 
 def load_newest(
@@ -356,14 +377,14 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> b
     try:
         # Checked here because load_state_dict accepts buffers of any shape and fails in step().
         fits = all(
-            value.shape == parameters[int(index)].shape
+            _is_plain(value) and value.shape == parameters[int(index)].shape
             for index, entry in saved["state"].items()
             for value in entry.values()
             if isinstance(value, Tensor) and value.dim()
         )
         if fits:
             optimizer.load_state_dict(saved)
-    except (KeyError, IndexError, TypeError, ValueError) as error:
+    except Exception as error:  # whatever another structure brings about
         raise UserError(f"--resume {path}: its optimizer state is damaged: {error}") from error
     if not fits:
         raise UserError(

@@ -1,20 +1,26 @@
 """The official CIFAR-10 and CIFAR-100 archives (Krizhevsky 2009, "Learning Multiple Layers of
 Features from Tiny Images"), read in memory: nothing is extracted, and no code in them is run."""
 
+import bz2
+import gzip
 import hashlib
 import io
+import lzma
 import pickle
 import tarfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from utils.errors import UserError
 
-_MOST_BYTES = 200 << 20  # the largest member has 155 MB
+_MOST_BYTES = 200 << 20  # an official archive unpacks to 187 MB
+_MOST_HEADERS = 1 << 20  # bytes; it has ten members
+_MOST_OPCODES = 1 << 19  # in a batch, which has 50,000 names and twice as many labels
 
 
 @dataclass(frozen=True)
@@ -74,24 +80,17 @@ Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
 def read_archive(path: Path, archive: Archive) -> Arrays:
     """Images and labels for training and test, and the names of the classes.
 
+    Whatever the file holds, reading it takes a bounded time and memory and writes nothing.
+
     Returns:
         (N, 32, 32, 3) uint8 and (N,) int64, twice, and the names.
 
     Raises:
         UserError: not such an archive.
     """
-    try:
-        with tarfile.open(path, "r:*") as tar:
-            members: dict[str, bytes] = {}
-            for member in tar:
-                folder, _, name = member.name.removeprefix("./").rpartition("/")
-                if folder == archive.folder and name in _wanted(archive):
-                    members[name] = _content(tar, member, path)
-    except (tarfile.TarError, OSError, EOFError) as error:
-        raise UserError(
-            f"--data-archive {path}: not a readable archive ({error}); download it again"
-        ) from error
-    return _arrays(lambda name: members[name], archive, path)
+    with _explained(path, archive):
+        content = _members(path, archive)
+        return _arrays(content, archive)
 
 
 def read_folder(folder: Path, archive: Archive) -> Arrays | None:
@@ -105,75 +104,220 @@ def read_folder(folder: Path, archive: Archive) -> Arrays | None:
             return None
         if hashlib.md5(content[name], usedforsecurity=False).hexdigest() != md5:
             return None
-    return _arrays(lambda name: content[name], archive, folder)
+    with _explained(folder, archive):
+        return _arrays(content, archive)
 
 
-def _wanted(archive: Archive) -> set[str]:
-    return {*archive.train, *archive.test, archive.meta[0]}
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
-    if not member.isreg() or member.size > _MOST_BYTES:
-        raise UserError(
-            f"--data-archive {path}: {member.name} in it is no plain file of a sensible size; "
-            "use the official archive"
-        )
-    file = tar.extractfile(member)
-    return file.read() if file else b""
-
-
-def _arrays(read: Callable[[str], bytes], archive: Archive, path: Path) -> Arrays:
+@contextmanager
+def _explained(path: Path, archive: Archive) -> Iterator[None]:
+    """Make whatever a damaged or hostile file brings about an error that names the file."""
     try:
-        train = [_batch(read(name), archive) for name in archive.train]
-        test = [_batch(read(name), archive) for name in archive.test]
-        names = tuple(n.decode() for n in _unpickle(read(archive.meta[0]))[archive.names])
+        yield
     except UserError as error:
         raise UserError(f"--data-archive {path}: {error}; use the official archive") from error
-    except Exception as error:  # whatever a damaged pickle can bring about
-        why = f"{type(error).__name__}: {error}".splitlines()[0]
+    except Exception as error:  # tarfile and pickle do not say which they raise
+        why = str(error) or type(error).__name__
         raise UserError(
-            f"--data-archive {path}: not the layout of {archive.file} ({why}); "
+            f"--data-archive {path}: not a readable {archive.file} ({why}); "
             "use the official archive"
         ) from error
-    images = (np.concatenate([part[0] for part in parts]) for parts in (train, test))
-    labels = (np.concatenate([part[1] for part in parts]) for parts in (train, test))
-    train_images, test_images = images
-    train_labels, test_labels = labels
-    return train_images, train_labels, test_images, test_labels, names
 
 
-def _batch(content: bytes, archive: Archive) -> tuple[np.ndarray, np.ndarray]:
+# --- the tar file --------------------------------------------------------------------------------
+
+
+class _Headers:
+    """An unpacked tar file for tarfile, which reads only headers from it, and not too many.
+
+    A few MB may unpack to many GB, and tarfile believes whatever length a header gives for the
+    next one, and whatever length it gives for what is skipped.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.tell = file.tell
+        self.left = _MOST_HEADERS
+
+    def seek(self, position: int) -> int:
+        if position > _MOST_BYTES:
+            raise UserError("unpacks to more than an official one")
+        return self.file.seek(position)
+
+    def read(self, size: int) -> bytes:
+        if not 0 <= size <= self.left:
+            raise UserError("has more headers than an official one")
+        self.left -= size
+        return self.file.read(size)
+
+
+def _members(path: Path, archive: Archive) -> dict[str, bytes]:
+    """The content of the wanted files, by name."""
+    wanted = {*archive.train, *archive.test, archive.meta[0]}
+    found: dict[str, bytes] = {}
+    with _unpacked(path) as file:
+        headers: Any = _Headers(file)
+        for member in tarfile.open(fileobj=headers, mode="r:"):  # noqa: SIM115 (nothing to close)
+            if not 0 <= member.size <= _MOST_BYTES - member.offset_data:
+                raise UserError(
+                    f"{member.name} in it has {member.size:,} bytes, more than an official one"
+                )
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            if folder != archive.folder or name not in wanted:
+                continue
+            if not member.isreg() or member.issparse():
+                raise UserError(f"{member.name} in it is no plain file")
+            if name in found:
+                raise UserError(f"{member.name} is in it twice")
+            file.seek(member.offset_data)
+            found[name] = file.read(member.size)
+            if len(found[name]) < member.size:
+                raise UserError(f"{member.name} in it is cut short")
+        while file.read(1 << 20):  # to the end, where gzip and xz compare checksums
+            if file.tell() > _MOST_BYTES:
+                raise UserError("unpacks to more than an official one")
+    if missing := sorted(wanted - set(found)):
+        raise UserError(f"lacks {archive.folder}/{missing[0]}")
+    return found
+
+
+def _unpacked(path: Path) -> Any:
+    """The tar file in a compressed file, or the file itself."""
+    with path.open("rb") as file:
+        start = file.read(6)
+    for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
+        if start.startswith(magic):
+            return opener(path)
+    return path.open("rb")
+
+
+# --- the batches ---------------------------------------------------------------------------------
+
+
+def _arrays(content: Mapping[str, bytes], archive: Archive) -> Arrays:
+    names = _class_names(_unpickle(content[archive.meta[0]])[archive.names])
+    train, test = (
+        [_batch(content[name], archive, len(names)) for name in part]
+        for part in (archive.train, archive.test)
+    )
+    images = [np.concatenate([batch[0] for batch in part]) for part in (train, test)]
+    labels = [np.concatenate([batch[1] for batch in part]) for part in (train, test)]
+    return images[0], labels[0], images[1], labels[1], names
+
+
+def _class_names(names: Any) -> tuple[str, ...]:
+    if type(names) is not list or not all(type(name) is bytes for name in names):
+        raise ValueError("the names of the classes are no list of names")
+    decoded = tuple(name.decode() for name in names)
+    if not all(name.isprintable() for name in decoded):
+        raise ValueError("the name of a class cannot be printed")
+    return decoded
+
+
+def _batch(content: bytes, archive: Archive, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, 32, 32, 3) uint8 and (N,) int64."""
     batch = _unpickle(content)
-    images = np.asarray(batch[b"data"], dtype=np.uint8).reshape(-1, 3, 32, 32)
-    labels = np.asarray(batch[archive.labels], dtype=np.int64)
-    if len(images) != len(labels):
-        raise ValueError(f"{len(images)} images and {len(labels)} labels")
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), labels
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Builds arrays and plain containers, nothing else: a pickle can otherwise run any code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            if name == "_reconstruct":
-                return np.zeros(0).__reduce__()[0]
-        elif module == "numpy" and name in ("ndarray", "dtype"):
-            return getattr(np, name)
-        elif (module, name) == ("_codecs", "encode"):
-            return _encode_latin1
-        raise UserError(f"a batch in it asks for {module}.{name}, which no CIFAR batch needs")
-
-
-def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    """How Python 3 writes bytes into old pickles; only ever with latin1."""
-    if encoding != "latin1":
-        raise UserError(f"a batch in it asks for the encoding {encoding!r}")
-    return text.encode("latin1")
+    pixels, numbers = batch[b"data"], batch[archive.labels]
+    if type(pixels) is not _Pixels or type(numbers) is not list:
+        raise ValueError("a batch holds no array of pixels or no list of labels")
+    if not all(type(number) is int and 0 <= number < classes for number in numbers):
+        raise ValueError(f"a label is none of 0 to {classes - 1}")
+    images = pixels.array.reshape(-1, 3, 32, 32)
+    if not len(images) == len(numbers) > 0:
+        raise ValueError(f"a batch has {len(images)} images and {len(numbers)} labels")
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array(numbers, np.int64)
 
 
 def _unpickle(content: bytes) -> dict[bytes, Any]:
-    loaded = _ArrayUnpickler(io.BytesIO(content), encoding="bytes").load()
+    loaded = _BatchUnpickler(content).load()
     if not isinstance(loaded, dict):
         raise ValueError("a batch is no dict")
-    return {k.encode() if isinstance(k, str) else k: v for k, v in loaded.items()}
+    return {key.encode() if isinstance(key, str) else key: value for key, value in loaded.items()}
+
+
+class _BatchUnpickler(pickle._Unpickler):
+    """Builds uint8 arrays and plain containers, nothing else: a pickle can otherwise run any code.
+
+    Python's own unpickler in C is faster, but reserves as much memory as a damaged file names.
+    """
+
+    def __init__(self, content: bytes) -> None:
+        super().__init__(io.BytesIO(content), encoding="bytes")
+        # Sets and old dicts would hash whatever they are given; bytearrays reserve memory.
+        refused = (pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.BYTEARRAY8)
+        table = {c: load for c, load in self.dispatch.items() if bytes([c]) not in refused}
+        self.dispatch = _Opcodes(table | {pickle.EMPTY_DICT[0]: _load_dict})  # type: ignore[misc]
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Stand-ins for what a batch asks for; numpy itself gets nothing to interpret."""
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
+            if name == "_reconstruct":
+                return _Pixels
+        elif (module, name) == ("numpy", "ndarray"):
+            return None  # only named, as the kind of array
+        elif (module, name) == ("numpy", "dtype"):
+            return _PixelType
+        elif (module, name) == ("_codecs", "encode"):
+            return self._encode_latin1
+        raise UserError(f"a batch in it asks for {module}.{name}, which no CIFAR batch needs")
+
+    def _encode_latin1(self, text: str, encoding: str = "latin1") -> bytes:
+        """How Python 3 writes bytes into old pickles; only ever with latin1."""
+        if encoding != "latin1":
+            raise UserError(f"a batch in it asks for the encoding {encoding!r}")
+        return text.encode("latin1")
+
+
+def _load_dict(unpickler: Any) -> None:
+    unpickler.append(_Dict())
+
+
+class _Opcodes(dict):
+    """How the unpickler loads each opcode, for as many of them as a batch may need."""
+
+    left = _MOST_OPCODES
+
+    def __getitem__(self, code: int) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise UserError("a batch in it has more entries than an official one")
+        return super().__getitem__(code)
+
+
+class _Dict(dict):
+    """Has strings for keys: to hash a deeply nested tuple overflows the stack of the process."""
+
+    __slots__ = ()
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if type(key) not in (bytes, str):
+            raise ValueError("a key in a batch is no string")
+        super().__setitem__(key, value)
+
+
+class _PixelType:
+    """Stands for numpy's dtype of bytes."""
+
+    __slots__ = ()
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        if code not in ("u1", b"u1"):
+            raise ValueError("an array in a batch is none of bytes")
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like, which bytes do not have."""
+
+
+class _Pixels:
+    """Stands for an array of bytes: ``array``."""
+
+    __slots__ = ("array",)
+
+    def __init__(self, *_: Any) -> None:
+        self.array = np.empty(0, np.uint8)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, fortran, content = state
+        if type(kind) is not _PixelType:
+            raise ValueError("an array in a batch is none of bytes")
+        order: Any = "F" if fortran else "C"
+        self.array = np.frombuffer(content, np.uint8).reshape(shape, order=order)

@@ -97,6 +97,12 @@ class Comm:
             raise UserError("--adasum: only Horovod has it; use cifar_horovod.py (-f horovod)")
         return model, optimizer
 
+    def settle(self, rehearse: Callable[[], None]) -> None:
+        """Call ``rehearse``, a step without effect, if the engine's first step differs from later.
+
+        The order in which an engine adds up must not depend on where a run was interrupted.
+        """
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """The context of a backward pass that is not the last of its step."""
         return nullcontext()
@@ -166,19 +172,17 @@ class Comm:
         For work that leaves something on disk, such as a download: the others find it done.
 
         Raises:
-            PeerFailed: on the others, when the block has failed on a first worker.
+            PeerFailed: when the block has failed on another worker.
         """
-        if self.local_rank == 0:
-            try:
-                yield
-            except BaseException as error:
-                self.max_(_code_of(error))
-                raise
-        code = self.max_(0)
-        if code:
-            raise PeerFailed(code)
-        if self.local_rank != 0:
-            yield
+        for first in (True, False):
+            if (self.local_rank == 0) == first:
+                try:
+                    yield
+                except BaseException as error:
+                    self.max_(_code_of(error))
+                    raise
+            if code := self.max_(0):
+                raise PeerFailed(code)
 
     @contextmanager
     def averaged_buffers(self, model: nn.Module) -> Iterator[Tensor]:

@@ -2,9 +2,8 @@
 
 import fcntl
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +13,14 @@ import numpy as np
 from utils import synthetic
 from utils.cifar_archive import ARCHIVES, Archive, Arrays, read_archive, read_folder
 from utils.download import download, md5_of
-from utils.errors import UserError
-from utils.files import check_writable, clear_leftovers, write_atomically
+from utils.errors import UserError, one_line
+from utils.files import clear_leftovers, write_atomically
 from utils.image_folder import list_images, read_images
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic10", "synthetic100")
 
 # Written into cache files; a file with another number is made again.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 SERVER = "https://www.cs.toronto.edu/~kriz/"
 
 Statistics = tuple[tuple[float, float, float], tuple[float, float, float]]
@@ -193,7 +192,13 @@ def _cifar(
 
 
 def _check_md5(path: Path, md5: str) -> None:
-    found = md5_of(path)
+    try:
+        found = md5_of(path)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); name another file with --data-archive, "
+            "or another folder with --data"
+        ) from error
     if found != md5:
         raise UserError(
             f"{path}: its md5 is {found}, not {md5}; remove it to download it again, "
@@ -209,20 +214,12 @@ def _cached(
     One process builds while others wait for it. A folder that cannot be written to costs the
     cache, not the run.
     """
-    folder = root / ".cache"
-    path = folder / f"{name}.npz"
+    path = root / ".cache" / f"{name}.npz"
     cached = _read_cache(path, fingerprint)
     if cached is not None:
         return cached
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder)
-    except OSError as error:
-        notify(f"note: {folder} cannot be written to ({error.strerror}): going on without a cache")
-        data = build()
-        return data, _measured(data[0])
-    with _locked(folder / f"{name}.lock", notify):
-        cached = _read_cache(path, fingerprint)  # another process may have built it meanwhile
+    with _locked(root / ".lock", notify):
+        cached = _read_cache(path, fingerprint, notify)  # another process may have built it
         if cached is None:
             data = build()
             cached = data, _measured(data[0])
@@ -232,27 +229,49 @@ def _cached(
 
 @contextmanager
 def _locked(path: Path, notify: Notify) -> Iterator[None]:
-    """Hold a lock that the kernel releases even when this process is killed."""
-    with path.open("w") as file:
+    """Hold a lock that the kernel releases even when this process is killed.
+
+    Where a file cannot be made nothing can be downloaded either, and on a file system without
+    locks the md5 still tells what two processes may have done to each other: no lock, then.
+    """
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            notify(f"waiting for another process that prepares the data ({path})")
-            fcntl.flock(file, fcntl.LOCK_EX)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.open("w"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                notify(one_line(f"waiting for another process that prepares the data ({path})"))
+                fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            pass
         yield
 
 
-def _read_cache(path: Path, fingerprint: str) -> tuple[Arrays, Statistics] | None:
-    """The arrays, or None where the file is missing, damaged, or made from other data."""
+def _read_cache(
+    path: Path, fingerprint: str, notify: Notify | None = None
+) -> tuple[Arrays, Statistics] | None:
+    """The arrays, or None where the file is missing, damaged, or made from other data.
+
+    ``notify`` gets a line that says why a file that is there is of no use.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             meta = json.loads(bytes(file["meta"]))
             if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, fingerprint):
-                return None
+                raise ValueError("made from other data or by another version")
             arrays = [file[key] for key in _ARRAYS]
+            # Checksums are compared at a member's end, so each must have been read to its end.
+            if [[a.dtype.str, list(a.shape)] for a in arrays] != meta["arrays"]:
+                raise ValueError("damaged")
             mean, std = (tuple(values) for values in meta["statistics"])
             return (*arrays, tuple(meta["classes"])), (mean, std)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except Exception as error:  # whatever a damaged file can bring about
+        if notify:
+            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+            notify(one_line(f"note: {path} is made again ({why})"))
         return None
 
 
@@ -262,16 +281,19 @@ _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 def _write_cache(
     path: Path, fingerprint: str, data: Arrays, statistics: Statistics, notify: Notify
 ) -> None:
+    content = dict(zip(_ARRAYS, data[:4], strict=True))
     meta = {
         "version": CACHE_VERSION,
         "fingerprint": fingerprint,
         "classes": data[4],
         "statistics": statistics,
+        "arrays": [[array.dtype.str, array.shape] for array in content.values()],
     }
-    content = dict(zip(_ARRAYS, data[:4], strict=True))
     content["meta"] = np.frombuffer(json.dumps(meta).encode(), np.uint8)
-    clear_leftovers(path.parent)  # of a process that was killed here; this one holds the lock
     try:
+        path.parent.mkdir(exist_ok=True)
+        clear_leftovers(path.parent)  # of a process that was killed; this one holds the lock
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **content))
     except OSError as error:
-        notify(f"note: {path} cannot be written ({error.strerror}): going on without a cache")
+        why = error.strerror or error
+        notify(one_line(f"note: {path} cannot be written ({why}): going on without a cache"))

@@ -1,7 +1,14 @@
-"""A folder of images, train/<class>/* and test/<class>/*, as arrays."""
+"""A folder of images, train/<class>/* and test/<class>/*, as arrays.
+
+Symbolic links are followed wherever they lead, to files and to the folders of classes: many
+data sets are trees of links into one large store. Nothing is written where they lead, and a link
+that leads nowhere is an error, so that no class or image is missing unnoticed. Files that are
+hidden or have no image's suffix are left out. Of an animation the first frame counts.
+"""
 
 import hashlib
 import os
+import stat
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,13 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from progress.bar import Bar
 
 from utils.cifar_archive import Arrays
 from utils.errors import UserError
 
 SIZE = 32
+# Few, because a file's name does not decide how it is read, and Pillow knows 40 formats, some by
+# programs that it starts.
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _LAYOUT = "a folder data set holds train/<class>/* and test/<class>/*"
 
 Notify = Callable[[str], Any]
@@ -43,56 +53,67 @@ def list_images(root: Path) -> Listing:
     """Find the images.
 
     Raises:
-        UserError: a part, the classes or the images are missing, or test has other classes.
+        UserError: a part, the classes or the images are missing, cannot be read, or test has
+            other classes.
     """
-    classes = _classes(root, "train")
-    for name in _classes(root, "test"):
-        if name not in classes:
-            raise UserError(
-                f"--data {root}: test/{name} is a class that train/ lacks; "
-                "both must have the same classes"
-            )
-    digest = hashlib.sha256("\0".join(classes).encode())
-    train, test = (_files(root, part, classes, digest) for part in ("train", "test"))
+    try:
+        classes = _classes(root, "train")
+        for name in _classes(root, "test"):
+            if name not in classes:
+                raise UserError(
+                    f"--data {root}: test/{name} is a class that train/ lacks; "
+                    "both must have the same classes"
+                )
+        digest = hashlib.sha256(b"\0".join(map(os.fsencode, classes)))
+        train, test = (_files(root, part, classes, digest) for part in ("train", "test"))
+    except OSError as error:
+        raise UserError(
+            f"--data {root}: {error.filename} cannot be read ({error.strerror}); "
+            "repair or remove it"
+        ) from error
     return Listing(classes, train, test, digest.hexdigest())
+
+
+def _entries(folder: Path) -> list[tuple[str, os.stat_result]]:
+    """Names in a folder that are not hidden, sorted, and what they lead to.
+
+    Raises:
+        OSError: a link leads nowhere, or something cannot be read.
+    """
+    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
+    return [(name, os.stat(folder / name)) for name in names]
 
 
 def _classes(root: Path, part: str) -> tuple[str, ...]:
     folder = root / part
     if not folder.is_dir():
         raise UserError(f"--data {root}: no folder {part!r} in it; {_LAYOUT}")
-    names = sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and entry.name[0] != "."
-    )
+    names = [name for name, about in _entries(folder) if stat.S_ISDIR(about.st_mode)]
     if not names:
         raise UserError(f"--data {root}: no class folders in {part}/; {_LAYOUT}")
+    for name in names:
+        if not name.isprintable():
+            raise UserError(f"--data {root}: class {part}/{name} cannot be printed; rename it")
     return tuple(names)
 
 
 def _files(root: Path, part: str, classes: tuple[str, ...], digest: Any) -> list[tuple[Path, int]]:
-    readable = set(Image.registered_extensions())
+    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = []
     for label, name in enumerate(classes):
         folder = root / part / name
         if not folder.is_dir():
             continue  # a class without test images
-        entries = sorted(
-            (entry for entry in os.scandir(folder) if entry.name[0] != "."), key=lambda e: e.name
-        )
-        images = [e for e in entries if os.path.splitext(e.name)[1].lower() in readable]
+        images = [e for e in _entries(folder) if os.path.splitext(e[0])[1].lower() in suffixes]
         if not images:
-            raise UserError(f"--data {root}: no images in {part}/{name}; {_LAYOUT}")
-        for entry in images:
-            try:
-                about = entry.stat()
-            except OSError as error:
-                raise UserError(
-                    f"--data {root}: {part}/{name}/{entry.name} cannot be read "
-                    f"({error.strerror}); replace or remove it"
-                ) from error
-            digest.update(f"{part}/{name}/{entry.name}\0{about.st_size}\0{about.st_mtime_ns}\0"
-                          .encode())  # fmt: skip
-            found.append((Path(entry.path), label))
+            kinds = ", ".join(FORMATS).lower()
+            raise UserError(f"--data {root}: no images in {part}/{name} ({kinds}); {_LAYOUT}")
+        for file, about in images:
+            if not stat.S_ISREG(about.st_mode):
+                raise UserError(f"{folder / file}: not a file; remove it")
+            digest.update(os.fsencode(f"{part}/{name}/{file}"))
+            digest.update(f"\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+            found.append((folder / file, label))
     return found
 
 
@@ -111,7 +132,9 @@ def read_images(listing: Listing, threads: int, notify: Notify) -> Arrays:
     show = notify is print and sys.stdout.isatty()
     bar = Bar("decode", max=len(files), file=sys.stdout, check_tty=True)
     resized = 0
-    with ThreadPoolExecutor(threads) as pool:
+    # Pillow's warnings: read_image decides by itself. Filters belong to the process, not a thread.
+    with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
+        warnings.simplefilter("ignore")
         try:
             for i, (pixels, changed) in enumerate(pool.map(read_image, files, chunksize=64)):
                 images[i] = pixels
@@ -132,17 +155,20 @@ def read_images(listing: Listing, threads: int, notify: Notify) -> Arrays:
 
 
 def read_image(path: Path) -> tuple[np.ndarray, bool]:
-    """(32, 32, 3) uint8, and whether the image had another size."""
+    """(32, 32, 3) uint8, and whether the image had another size.
+
+    Raises:
+        UserError: no image of FORMATS, damaged, or of more pixels than Pillow takes for sensible.
+    """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                rgb = _eight_bits(image).convert("RGB")
-    except (
-        OSError, UnidentifiedImageError, SyntaxError, ValueError,
-        Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
-        why = str(error).splitlines()[0].replace(str(path), "it")
+        with Image.open(path, formats=FORMATS) as image:
+            pixels = image.width * image.height
+            if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
+                raise ValueError(f"{pixels:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+            rgb = _eight_bits(image).convert("RGB")
+    except Exception as error:  # Pillow does not say which a damaged file brings about
+        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        why = why.replace(repr(str(path)), "it")
         raise UserError(f"{path}: not a readable image ({why}); replace or remove it") from error
     changed = rgb.size != (SIZE, SIZE)
     if changed:

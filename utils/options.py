@@ -381,6 +381,10 @@ def _add_hardware_flags(group: argparse._ArgumentGroup) -> None:
         help="GPU: launch the whole step as one CUDA graph; auto does with one worker",
     )  # fmt: skip
     group.add_argument(
+        "--resident", choices=("auto", "on", "off"), default="auto",
+        help="GPU: keep the images in its memory; auto does where a quarter of it holds them",
+    )  # fmt: skip
+    group.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="of activations; auto tries on the CPU which is faster, once per machine and model",
     )  # fmt: skip

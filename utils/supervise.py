@@ -1,63 +1,261 @@
-"""Starts a launcher and stays beside it: python supervise.py [--tagged] -- command ...
+"""Starts a launcher, stays beside it, and starts it again when a worker has failed:
 
-torch.distributed.launch answers every failure with exit code 1 and pages of text of its own, and
-leaves its workers behind when it is killed. This small process, which imports nothing but the
-standard library, passes on what the workers say, keeps the launcher's failure report to itself,
-turns it into one line and an exit code, and leaves no process behind. With --tagged the launcher
-is horovodrun, which puts a tag before every line of its workers and pipes their standard output
-too; rank 0 then finds the terminal, if there is one, under CIFAR_TERMINAL.
+    python supervise.py [--tagged] [--max-restarts N] -- command ...
 
-Exit codes: 0 finished, 2 bad input, 3 training failed, 130 and 143 ended by Ctrl-C and SIGTERM;
-75 of a worker is passed on.
+torch.distributed.launch answers every failure with exit code 1 and pages of text of its own, kills
+workers that are still saving, and leaves them behind when it is killed itself. This small process,
+which imports nothing but the standard library, passes on what the workers say, keeps the launcher's
+failure report to itself, turns it into one line and an exit code, and leaves no process behind.
+With --tagged the launcher is horovodrun, which puts a tag before every line of its workers and
+pipes their standard output too; rank 0 then finds the terminal, if there is one, under
+CIFAR_TERMINAL.
+
+Workers that say who they are (utils/watch.py) get SIGTERM, SIGINT, SIGHUP and SIGUSR1 as a request
+to save and leave, without the launcher, and SIGUSR2 as one to save and go on. When none of them
+has begun anything new for too long, those that hold up the others are named, show their stack and
+are ended. After a failure that need not come again the command is started anew, with the number of
+restarts under CIFAR_RESTARTS, as soon as the last process of the attempt before is gone.
+
+Exit codes: 0 finished, 2 bad input, 3 training failed, 75 saved and left on request; 130, 143 or
+129 where a request (Ctrl-C, SIGTERM, SIGHUP) came before any worker was there, or a second one or
+the time limit has cut the save short.
 """
 
-import contextlib
-import ctypes
+import argparse
 import os
-import re
-import select
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-BAD_INPUT, FAILED, RUN_AGAIN = 2, 3, 75
-STDOUT, STDERR = 1, 2
+if __name__ == "__main__":  # started by its path: the project's folder must be found
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-# Seconds after which silence means that what has come of a line or a traceback is all of it.
-IDLE = 0.2
+from utils.processes import (
+    descendants,
+    end_descendants,
+    end_with_parent,
+    has_ended,
+    inherit_orphans,
+    name_of,
+    send,
+)
+from utils.screen import BAD_INPUT, FAILED, IDLE, RUN_AGAIN, Screen, root_cause
+from utils.watch import VARIABLE, Listener, Worker, is_stopped
+
+STDOUT, STDERR = 1, 2
+RESTARTS = "CIFAR_RESTARTS"
+
+# Seconds between two looks at the workers and at what has been asked.
+TICK = 0.1
 # Seconds between two signals that make the second one a repetition and not an echo of the first.
 ECHO = 0.5
-# Seconds that a launcher gets to end after a signal; torch's gives its workers 30 of them.
+# Seconds that a job gets to end after a request to leave, or after its first worker has ended.
 PATIENCE = 40
-# Seconds that workers whose launcher is gone get to end after SIGTERM.
-GRACE = 2.0
-
-_PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
-
-_REPORT = b"torch.distributed.elastic.multiprocessing.errors.ChildFailedError"
-_TAG = re.compile(rb"\[\d+\]<std(out|err)>:")
-# What horovodrun says of itself.
-_TAGGED_REPORT = b"RuntimeError: Horovod detected that one or more processes exited"
-_TAGGED_FAILURE = re.compile(rb"Process (\d+) exit with status code (\d+)\.")
-_TAGGED_NOISE = re.compile(rb"Terminating remaining workers after|\[\d+\]<stderr>:Terminated$")
-_ENDED_BY_SIGNAL = (
-    b"torch.distributed.elastic.multiprocessing.api.SignalException",
-    b"KeyboardInterrupt",
-)
+# Seconds that the others get when a worker has crashed; they may have errors of their own to show.
+LINGER = 5
+# Seconds that a stalled worker gets to show its stack.
+LAST_WORDS = 2.0
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Let the kernel signal this process when its parent ends (Linux); call it in the child.
+class Requests:
+    """What signals ask of this process from now on.
 
-    The parent's thread that started this process must be its main thread.
+    Attributes:
+        leave: the first signal that asks to save and leave; 0 while none has come.
+        saves: how many have asked to save and go on.
+        insisted: whether Ctrl-C or SIGTERM has been repeated.
     """
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+
+    def __init__(self) -> None:
+        self.leave, self.saves, self.insisted = 0, 0, False
+        self._since = self._asked = 0.0
+        numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
+        for number in numbers:
+            if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup, for one
+                signal.signal(number, self._take)
+
+    def _take(self, number: int, _: object) -> None:
+        if number == signal.SIGUSR2:
+            self.saves += 1
+            return
+        now = time.monotonic()
+        if not self.leave:
+            self.leave, self._since = number, now
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._asked = self._asked or now
+            self.insisted = self.insisted or now - self._asked > ECHO
+
+    def overdue(self) -> bool:
+        """Whether the time to save and leave is over."""
+        waited = time.monotonic() - self._since
+        return self.insisted or bool(self.leave and waited > PATIENCE)
+
+    @property
+    def code(self) -> int:
+        """The exit code of a job that has been ended before it could save."""
+        return 128 + (signal.SIGTERM if self.leave == signal.SIGUSR1 else self.leave)
+
+
+class Outcome(NamedTuple):
+    """How an attempt has ended: an exit code, and what has failed where nobody has said so."""
+
+    code: int
+    failure: str = ""
+
+
+class Attempt:
+    """One start of the command.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+
+    def __init__(
+        self, command: Sequence[str], tagged: bool, restarts: int, requests: Requests
+    ) -> None:
+        self.tagged = tagged
+        self.requests = requests
+        self.listener = Listener()
+        self._asked, self._told, self._saves = False, set[int](), requests.saves
+        self._outcome: Outcome | None = None  # where it is known before the launcher ends
+        environment = {k: v for k, v in os.environ.items() if k not in (VARIABLE, RESTARTS)}
+        if self.listener.name:
+            environment[VARIABLE] = self.listener.name
+        if restarts:
+            environment[RESTARTS] = str(restarts)
+        if tagged and os.isatty(STDOUT):
+            environment["CIFAR_TERMINAL"] = os.ttyname(STDOUT)
+        pipes = [os.pipe() for _ in range(1 + tagged)]
+        try:
+            # In a session of its own: what the terminal sends comes here once, and is passed on
+            # once.
+            self.launcher = subprocess.Popen(
+                command,
+                stdout=pipes[1][1] if tagged else None,
+                stderr=pipes[0][1],
+                env=environment,
+                start_new_session=True,
+                preexec_fn=_begin_launcher,
+            )
+        finally:
+            for _, writing in pipes:
+                os.close(writing)
+        self.screens = [Screen(out, self.launcher.pid) for out in (STDERR, STDOUT)[: len(pipes)]]
+        self.readers = []
+        for screen, (reading, _) in zip(self.screens, pipes, strict=True):
+            screen.failures = self.screens[0].failures  # horovodrun reports on standard output
+            reader = threading.Thread(target=screen.copy, args=(reading,), daemon=True)
+            self.readers.append(reader)
+
+    def run(self) -> Outcome:
+        """Stay beside the launcher to its end, and end what is left then."""
+        for reader in self.readers:
+            reader.start()
+        with closing(self.listener):
+            while (code := self._wait()) is None:
+                self.listener.look()
+                self._pass_on_requests()
+                if self._outcome is None:
+                    self._judge_workers()
+        left = end_descendants()
+        for reader in self.readers:
+            reader.join(timeout=5)
+        if left:
+            return Outcome(FAILED, f"process {left[0]} cannot be ended")
+        return self._outcome or self._outcome_of(code)
+
+    def _wait(self) -> int | None:
+        try:
+            return self.launcher.wait(TICK)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def _pass_on_requests(self) -> None:
+        """Ask the workers themselves: a launcher would kill them after a few seconds."""
+        living = self.listener.living()
+        if self._saves < self.requests.saves:
+            self._saves = self.requests.saves
+            send([worker.process for worker in living], signal.SIGUSR2)
+        if not self.requests.leave:
+            return
+        if self.requests.overdue():
+            self._end(Outcome(self.requests.code))
+            return
+        number = self.requests.leave
+        if not self._asked:
+            self._asked = True
+            for screen in self.screens:
+                screen.interrupted = True
+            if not living and number != signal.SIGUSR1:  # which waits for the first worker
+                self.launcher.send_signal(number)
+        new = {worker.process for worker in living} - self._told
+        send(list(new), signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
+        self._told |= new
+
+    def _judge_workers(self) -> None:
+        """End a job that does not go on and whose launcher does not see it."""
+        ended = [worker for worker in self.listener.workers if worker.ended]
+        if not ended:
+            if stalled := self.listener.stalled():
+                self._end_stalled(stalled)
+            return
+        now = time.monotonic()
+        first = min(ended, key=lambda worker: worker.ended)
+        crashes = [worker.ended for worker in ended if worker.code not in (0, RUN_AGAIN)]
+        if now - first.ended > PATIENCE:
+            codes = {worker.code for worker in self.listener.workers}
+            code = codes.pop()
+            if not codes and code in (0, BAD_INPUT, FAILED, RUN_AGAIN):
+                self._end(Outcome(code))
+            else:
+                what = f"the launcher has not ended within {PATIENCE} s of rank {first.rank}"
+                self._end(Outcome(FAILED, what))
+        elif crashes and now - min(crashes) > LINGER:
+            # The launcher goes on to report the crash.
+            send([worker.process for worker in self.listener.living()], signal.SIGKILL)
+
+    def _end_stalled(self, stalled: list[Worker]) -> None:
+        """Let workers that have stalled show their stacks, and end the job."""
+        outcome = Outcome(FAILED, _describe(stalled, self.listener.living()))
+        stopped = [worker.process for worker in stalled if is_stopped(worker)]
+        others = [worker.process for worker in stalled if worker.process not in stopped]
+        if not self.tagged and self.launcher.pid not in others:
+            self.launcher.send_signal(signal.SIGSTOP)  # so that it says nothing of all this
+        send(stopped, signal.SIGKILL)
+        send(others, signal.SIGABRT)
+        deadline = time.monotonic() + LAST_WORDS
+        while time.monotonic() < deadline and not all(has_ended(process) for process in others):
+            time.sleep(TICK)
+        time.sleep(IDLE)  # until what they have said has come through
+        self._end(outcome)
+
+    def _end(self, outcome: Outcome) -> None:
+        self._outcome = self._outcome or outcome
+        send(descendants(), signal.SIGKILL)
+        self.launcher.kill()  # where there is no /proc
+
+    def _outcome_of(self, code: int) -> Outcome:
+        """What the exit code and the report of the launcher mean."""
+        if code == 0:
+            return Outcome(0)
+        who, failures = "the launcher", self.screens[0].failures
+        if failures:
+            _, rank, code = root_cause(failures)
+            who = f"rank {rank}"
+        if code in (BAD_INPUT, FAILED, RUN_AGAIN):
+            return Outcome(code)  # the worker has said why
+        if self._asked and (not self._told or -code in (signal.SIGTERM, signal.SIGUSR1)):
+            return Outcome(self.requests.code)
+        if not failures:
+            self.screens[0].show_log()
+        how = f"failed with exit code {code}" if code > 0 else f"was ended by {name_of(-code)}"
+        return Outcome(FAILED, f"{who} {how}")
 
 
 def _begin_launcher() -> None:
@@ -65,276 +263,62 @@ def _begin_launcher() -> None:
     end_with_parent(signal.SIGTERM)
 
 
-class Failure(NamedTuple):
-    """A worker in the launcher's report; a negative code is the signal that ended it."""
-
-    when: str
-    rank: int
-    code: int
-
-
-class Screen:
-    """Passes a stream on, except what the launcher says about the end of its workers.
-
-    Workers and launcher write to one pipe. The launcher's log lines carry its process id; a
-    traceback is held back until its last line tells whose it is; the report comes last.
-
-    Attributes:
-        failures: what the report lists; the root cause, as the launcher sees it, is the last.
-        interrupted: set it after a signal; tracebacks that only say so are then left out.
-    """
-
-    def __init__(self, out: int, launcher: int) -> None:
-        self.out = out
-        self.failures: list[Failure] = []
-        self.interrupted = False
-        self._log_line = re.compile(rb"[IWEF]\d{4} [\d:.]+ %d .*torch/distributed/" % launcher)
-        self._log: list[bytes] = []
-        self._traceback: list[bytes] = []
-        self._reporting = False
-        self._when, self._rank = "", -1
-
-    def copy(self, pipe: int) -> None:
-        """Pass on what comes through a pipe until its end."""
-        rest = b""
-        while True:
-            if not select.select([pipe], [], [], IDLE)[0]:
-                if rest or self._traceback:
-                    self.flush()
-                    self.write(rest)
-                    rest = b""
-                continue
-            chunk = os.read(pipe, 65536)
-            if not chunk:
-                break
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                self.line(line + b"\n")
-            if rest.endswith(b"\r"):  # a line that is drawn again and again
-                self.write(rest)
-                rest = b""
-        self.flush()
-        self.write(rest)
-
-    def line(self, line: bytes) -> None:
-        """Take one line, with its end."""
-        if _TAGGED_NOISE.match(line):
-            return
-        if found := _TAGGED_FAILURE.match(line):
-            code = int(found[2])
-            # The first to end comes first here; a shell adds 128 to a signal.
-            worker = Failure("", int(found[1]), code if code < 128 else 128 - code)
-            self.failures.insert(0, worker)
-            return
-        line = _TAG.sub(b"", line)
-        if self._reporting:
-            self._read_report(line)
-        elif self._log_line.match(line):
-            self._log.append(line)
-        elif line.startswith(b"Traceback (most recent call last)"):
-            self.flush()
-            self._traceback = [line]
-        elif self._traceback and line.startswith((b" ", b"\t")):
-            self._traceback.append(line)
-        elif self._traceback and line.startswith((_REPORT, _TAGGED_REPORT)):
-            self._traceback = []
-            self._reporting = True
-        elif self._traceback and self.interrupted and line.startswith(_ENDED_BY_SIGNAL):
-            self._traceback = []
-        else:
-            self.flush()
-            self.write(line)
-
-    def flush(self) -> None:
-        """Show the traceback that has been held back."""
-        self.write(b"".join(self._traceback))
-        self._traceback = []
-
-    def show_log(self) -> None:
-        """Show the launcher's log: it has failed by itself and that may say why."""
-        self.write(b"".join(self._log))
-
-    def write(self, text: bytes) -> None:
-        """Write to the screen; a reader who has gone away does not end the training."""
-        with contextlib.suppress(OSError):
-            while text:
-                text = text[os.write(self.out, text) :]
-
-    def _read_report(self, line: bytes) -> None:
-        """Take a line of the table, such as ``  rank      : 1 (local_rank: 1)``."""
-        found = re.match(rb"\s+(time|rank|exitcode)\s*: (\S+)", line)
-        if found is None:
-            return
-        key, value = found[1].decode(), found[2].decode()
-        if key == "time":
-            self._when = value
-        elif key == "rank":
-            self._rank = int(value)
-        else:
-            self.failures.append(Failure(self._when, self._rank, int(value)))
+def _describe(stalled: list[Worker], living: list[Worker]) -> str:
+    """Who holds up the others, in words."""
+    if len(stalled) == 1:
+        who = f"rank {stalled[0].rank} (process {stalled[0].process}) has not"
+    elif len(stalled) == len(living):
+        who = f"none of the {len(living)} ranks has"
+    else:
+        ranks = ", ".join(str(worker.rank) for worker in stalled)
+        who = f"ranks {ranks} (processes {', '.join(str(w.process) for w in stalled)}) have not"
+    seconds = max(worker.timeout for worker in living)
+    what = stalled[0].what + (", stopped by a signal" if is_stopped(stalled[0]) else "")
+    return f"{who} gone on for {seconds:g} s ({what})"
 
 
-def root_cause(failures: Sequence[Failure]) -> Failure:
-    """The worker that failed first, given the launcher's report.
-
-    The launcher looks at its workers a few times a second, so the worker whose connection broke
-    may pass for the first when another one was killed. Among those of the same second a signal
-    counts first (but for SIGTERM, which the launcher itself sends), then the codes that mean more
-    than "failed".
-    """
-    first = failures[-1]
-
-    def rank_of_causes(failure: Failure) -> int:
-        if failure.code < 0:
-            return 0 if failure.code != -signal.SIGTERM else 3
-        return 1 if failure.code in (BAD_INPUT, RUN_AGAIN) else 2
-
-    same_second = [failure for failure in reversed(failures) if failure.when == first.when]
-    return min(same_second, key=rank_of_causes)
-
-
-def supervise(command: Sequence[str], tagged: bool = False) -> int:
-    """Run a launcher, horovodrun if tagged, to its end; returns the exit code."""
-    if sys.platform == "linux":
-        # Workers whose launcher is gone become children of this process and can be ended.
-        ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
-    reading, writing = os.pipe()
-    reading_out, writing_out = os.pipe() if tagged else (None, None)
-    environment = dict(os.environ)
-    if tagged and os.isatty(STDOUT):
-        environment["CIFAR_TERMINAL"] = os.ttyname(STDOUT)
-    try:
-        # In a session of its own: what the terminal sends comes here once and is passed on once.
-        launcher = subprocess.Popen(
-            command,
-            stdout=writing_out,
-            stderr=writing,
-            env=environment,
-            start_new_session=True,
-            preexec_fn=_begin_launcher,
-        )
-    except OSError as error:
-        print(f"error: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
-        return BAD_INPUT
-    os.close(writing)
-    screen = Screen(STDERR, launcher.pid)
-    streams = [(screen, reading)]
-    if reading_out is not None and writing_out is not None:
-        os.close(writing_out)
-        output = Screen(STDOUT, launcher.pid)
-        output.failures = screen.failures  # horovodrun reports on standard output
-        streams.append((output, reading_out))
-    received = _forward_signals(launcher, screen)
-    readers = [threading.Thread(target=s.copy, args=(pipe,), daemon=True) for s, pipe in streams]
-    for reader in readers:
-        reader.start()
-    code = launcher.wait()
-    _end_descendants()
-    for reader in readers:
-        reader.join(timeout=5)
-    return _exit_code(code, screen, received)
-
-
-def _forward_signals(launcher: subprocess.Popen[bytes], screen: Screen) -> list[int]:
-    """Pass signals on to the launcher; a second one, or no end after the first, kills all.
+def supervise(command: Sequence[str], tagged: bool = False, max_restarts: int = 0) -> int:
+    """Run a launcher, horovodrun if tagged, until it need not be started again.
 
     Returns:
-        The signals that come, in order.
+        The exit code.
     """
-    received: list[int] = []
-    first = 0.0
-
-    def forward(number: int, _: object) -> None:
-        nonlocal first
-        received.append(number)
-        if len(received) == 1:
-            first = time.monotonic()
-            screen.interrupted = True
-            launcher.send_signal(number)
-            signal.alarm(PATIENCE)
-        elif time.monotonic() - first > ECHO:
-            _signal_descendants(signal.SIGKILL)
-
-    signal.signal(signal.SIGALRM, lambda *_: _signal_descendants(signal.SIGKILL) and None)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup, for one
-            signal.signal(number, forward)
-    return received
-
-
-def _exit_code(code: int, screen: Screen, received: list[int]) -> int:
-    if code == 0:
-        return 0
-    if received:
-        return 128 + received[0]
-    if screen.failures:
-        _, rank, code = root_cause(screen.failures)
-        who = f"rank {rank}"
-    else:
-        screen.show_log()
-        who = "the launcher"
-    if code in (BAD_INPUT, FAILED, RUN_AGAIN):
-        return code  # the worker has said why
-    how = f"failed with exit code {code}" if code > 0 else f"was ended by {_name(-code)}"
-    screen.write(f"error: {who} {how}; training has stopped\n".encode())
-    return FAILED
-
-
-def _name(number: int) -> str:
-    try:
-        return f"signal {number} ({signal.Signals(number).name})"
-    except ValueError:
-        return f"signal {number}"
-
-
-def _end_descendants() -> None:
-    """End what is left after the launcher: SIGTERM first, SIGKILL after the grace."""
-    deadline = time.monotonic() + GRACE
-    number = signal.SIGTERM
-    while _signal_descendants(number):
-        time.sleep(0.05)
-        _reap()
-        if time.monotonic() > deadline:
-            number = signal.SIGKILL
-
-
-def _signal_descendants(number: int) -> bool:
-    """Send a signal to every process that has come from this one; False if there is none."""
-    processes = _descendants()
-    for process in processes:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)
-    return bool(processes)
-
-
-def _descendants() -> list[int]:
-    """Living processes below this one, from /proc; none where there is no /proc."""
-    children: dict[int, list[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
+    inherit_orphans()
+    requests = Requests()
+    restarts = 0
+    while True:
         try:
-            # pid (name) state parent ...; the name may hold anything, even parentheses
-            state, parent = stat.read_text(errors="replace").rpartition(")")[2].split()[:2]
-        except OSError:
-            continue
-        if state != "Z":
-            children.setdefault(int(parent), []).append(int(stat.parent.name))
-    found, new = [], [os.getpid()]
-    while new:
-        new = [child for parent in new for child in children.get(parent, [])]
-        found += new
-    return found
+            attempt = Attempt(command, tagged, restarts, requests)
+        except OSError as error:
+            print(f"error: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
+            return FAILED if restarts else BAD_INPUT
+        outcome = attempt.run()
+        if not outcome.failure:
+            return outcome.code
+        screen = attempt.screens[0]
+        if restarts == max_restarts or requests.leave or descendants():
+            used = f" after {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
+            screen.write(f"error: {outcome.failure}; training has stopped{used}\n".encode())
+            return outcome.code
+        restarts += 1
+        line = f"{outcome.failure}; restart {restarts} of {max_restarts} from the newest checkpoint"
+        screen.write(f"{line}\n".encode())
 
 
-def _reap() -> None:
-    """Collect ended children that this process has inherited."""
-    with contextlib.suppress(ChildProcessError):
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            continue
+def main(arguments: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    words = list(arguments)
+    end = words.index("--") if "--" in words else len(words)
+    usage = "python supervise.py [--tagged] [--max-restarts N] -- command ..."
+    parser = argparse.ArgumentParser(usage=usage)
+    parser.add_argument("--tagged", action="store_true")
+    parser.add_argument("--max-restarts", type=int, default=0)
+    options = parser.parse_args(words[:end])
+    command = words[end + 1 :]
+    if not command:
+        parser.error("no command")
+    return supervise(command, options.tagged, options.max_restarts)
 
 
 if __name__ == "__main__":
-    tagged = sys.argv[1:2] == ["--tagged"]
-    words = sys.argv[1 + tagged :]
-    if words[:1] != ["--"] or len(words) < 2:
-        sys.exit("usage: python supervise.py [--tagged] -- command ...")
-    sys.exit(supervise(words[1:], tagged))
+    sys.exit(main(sys.argv[1:]))
