@@ -168,6 +168,11 @@ check_hosts() {
         fail "--hosts '$hosts': give host:slots,host:slots,..."
     for entry in ${hosts//,/ }; do
         slots=$((slots + ${entry##*:}))
+        case ${entry%:*} in
+            localhost | 127.* | "${HOSTNAME-}") ;;
+            *) command -v ssh >/dev/null ||
+                fail "--hosts $hosts: ssh, which starts workers on other machines, is not installed" ;;
+        esac
     done
     ((workers <= slots)) || fail "-n $workers: more workers than the $slots slot(s) of --hosts $hosts"
 }

@@ -331,6 +331,7 @@ def launcher(*words):
     return run([LAUNCHER, *words], cwd=Path.cwd(), env=env)
 
 
+ELASTIC = ["-f", "horovod", "-n", "1", "--hosts", "localhost:1,127.0.0.1:1"]
 # The options with a value: a good one, and what must stand beside it.
 LAUNCHER_VALUES = {
     "-m": ("alexnet", []),
@@ -341,6 +342,9 @@ LAUNCHER_VALUES = {
     "--port": ("41235", []),
     "--hosts": ("localhost:1", ["-f", "horovod"]),
     "--max-restarts": ("1", []),
+    "--min-np": ("1", ELASTIC),
+    "--max-np": ("1", ELASTIC),
+    "--host-discovery-script": (None, ["-f", "horovod"]),  # takes files that are there
 }
 LAUNCHER_SWITCHES = {"--yes", "--list", "--dry-run", "--compare", "--verify", "--bench", "-h"}
 
@@ -354,8 +358,11 @@ NO_VALUE = [
 
 
 def options_of_the_help():
-    text = launcher("-h").stdout
-    return dict(re.findall(r"^  (-{1,2}[\w-]+)(?: ([A-Z]+))?", text, re.M))
+    """Each with the name of its value, or ""."""
+    lines = re.findall(r"^  (-.*?)(?:  .*)?$", launcher("-h").stdout, re.M)
+    return dict(
+        pair for line in lines for pair in re.findall(r"(-{1,2}[\w-]+)(?: ([A-Z]+))?", line)
+    )
 
 
 def test_the_options_of_the_launcher_are_known_here():

@@ -236,6 +236,23 @@ def test_two_jobs_at_once_do_not_disturb_each_other(tmp_path):
             assert torch.equal(state["momentum_buffer"], momentum)
 
 
+def test_other_hosts_without_ssh(tmp_path):
+    """One line from the launcher, and not horovodrun's five attempts."""
+    for name in ("bash", "env", "dirname", "readlink", "nproc", "grep", "cat", "wc", "stat"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    env = environment(PATH=f"{tmp_path}:{Path(sys.executable).parent}")
+    if shutil.which("ssh", path=env["PATH"]):
+        pytest.skip("ssh lies beside this Python")
+    command = [LAUNCHER, "-m", "alexnet", "-f", "horovod", "-n", "2", "--dry-run", "--hosts"]
+    for hosts in ("localhost:1,elsewhere:1", "elsewhere:2"):
+        result = run([*command, hosts], env=env)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr == (
+            f"error: --hosts {hosts}: ssh, which starts workers on other machines, is not installed\n"
+        )
+    assert run([*command, "localhost:1,127.0.0.1:1"], env=env).returncode == 0
+
+
 def test_more_workers_than_images(tmp_path):
     command = [LAUNCHER, "-m", "alexnet", "-n", "4", "-d", "synthetic10", "--"]
     result = run([*command, "--train-size", "3", "-c", tmp_path / "run"])
