@@ -169,6 +169,17 @@ class TestAnotherUser:
         assert after == before
 
 
+def test_a_reader_that_goes_away(tmp_path):
+    """Training goes on, as under | head -1, and all is there at the end."""
+    script = 'set -o pipefail; "$@" | head -1'
+    command = [sys.executable, ROOT / "cifar.py", *SYNTHETIC, "-c", tmp_path / "run"]
+    result = run(["bash", "-c", script, "-", *command])
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("\n") == 1
+    assert result.stderr == ""
+    assert left_by(tmp_path / "run") == FILES
+
+
 def test_a_folder_that_is_gone(tmp_path):
     """Nothing works there, not even torch; bash itself complains before the launcher can."""
     command = [LAUNCHER, "-m", "alexnet", "-d", "synthetic10", "--", "-c", tmp_path / "run"]
@@ -247,9 +258,8 @@ def test_other_hosts_without_ssh(tmp_path):
     for hosts in ("localhost:1,elsewhere:1", "elsewhere:2"):
         result = run([*command, hosts], env=env)
         assert (result.returncode, result.stdout) == (2, "")
-        assert result.stderr == (
-            f"error: --hosts {hosts}: ssh, which starts workers on other machines, is not installed\n"
-        )
+        assert result.stderr.startswith(f"error: --hosts {hosts}: ssh, which starts workers on ")
+        assert len(result.stderr.splitlines()) == 1
     assert run([*command, "localhost:1,127.0.0.1:1"], env=env).returncode == 0
 
 
