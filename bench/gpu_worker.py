@@ -31,8 +31,9 @@ from tools.arms import ROOT, engine_command
 from utils import order
 from utils.comm import Comm, Exchange
 from utils.data import Dataset, load_dataset
-from utils.engine import evaluate, leave, train_one_epoch
+from utils.engine import leave
 from utils.errors import FAILED
+from utils.evaluation import evaluate
 from utils.graph import CudaRecorder, StepGraph
 from utils.memory_format import lay_out
 from utils.metrics import Meter
@@ -51,6 +52,7 @@ from utils.startup import (
 from utils.step import Step
 from utils.supervise import end_with_parent
 from utils.trace import StepTimes
+from utils.training import train_one_epoch
 
 TRAIN, TEST = 50_000, 10_000
 RATE = 1e-3  # small: a network that diverges computes with other numbers, at another speed
