@@ -34,7 +34,7 @@ RE_ENCODED = (
 SILENT = {
     "help", "dataset", "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint",
     "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id",
-    "local_rank", "trust_checkpoint", "graph", "resident", "memory_format",
+    "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
 }  # fmt: skip
 
 
