@@ -427,6 +427,15 @@ class TestRequests:
         process.terminate()
         assert process.wait(10) == 75
 
+    def test_two_jobs_at_once_do_not_hear_each_other(self, workers):
+        process, _ = workers()
+        other, _ = workers()
+        process.terminate()
+        assert process.wait(10) == 75
+        other.send_signal(signal.SIGUSR1)
+        out, _ = other.communicate(timeout=20)
+        assert sorted(out.splitlines()) == ["0 got 10", "1 got 10"]
+
     def test_a_second_request_ends_everything_at_once(self, workers):
         before = marked_processes()
         process, _ = workers("forever()")
