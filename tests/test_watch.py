@@ -159,9 +159,9 @@ class TestWithoutSupervisor:
 
     def test_a_rank_that_goes_on_or_leaves_is_left_alone(self):
         body = (
-            "import utils.watch\nutils.watch._LATER = 0\nw = Watch()\nw.begin(0, 1.5)\n"
-            "for k in range(11):\n    w.beat('step')\n    time.sleep(0.2)\n"
-            "w.leave(0)\ntime.sleep(1.7)"
+            "import utils.watch\nutils.watch._LATER = 0\nw = Watch()\nw.begin(0, 1.3)\n"
+            "for k in range(9):\n    w.beat('step')\n    time.sleep(0.2)\n"
+            "w.leave(0)\ntime.sleep(1.5)"
         )
         result = run(words(body), env=environment(), timeout=20)
         assert (result.returncode, result.stderr) == (0, "")
