@@ -83,7 +83,7 @@ def test_every_kind_of_image_becomes_rgb_of_the_right_size(images):
     save(folder / "f-animated.png", frames[0], save_all=True, append_images=frames[1:])
     palette = Image.new("P", (32, 32), 1)
     palette.putpalette([0, 0, 0, 10, 20, 30])
-    save(folder / "g-palette.png", palette, transparency=bytes([255, 0]))
+    save(folder / "g-palette.png", palette, transparency=bytes([128, 64]))
     save(folder / "h-bits.png", Image.new("1", (32, 32), 1))
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_text("no image")

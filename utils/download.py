@@ -6,6 +6,7 @@ against its md5 and only then renamed.
 
 import errno
 import hashlib
+import math
 import os
 import queue
 import sys
@@ -28,7 +29,7 @@ TIMEOUT = 30.0  # seconds without news from the server
 SLOWEST = 1 << 12  # bytes per second, over that time
 ATTEMPTS = 3  # connections in a row that bring nothing new
 PAUSE = 0.5  # seconds before the second, twice as many before the third
-MOST_BYTES = 1 << 28  # an official archive has 170 MB
+MOST_BYTES = 1 << 29  # an official archive has 170 MB
 _BLOCK = 1 << 18
 
 Notify = Callable[[str], Any]
@@ -212,7 +213,7 @@ def _answer(request: urllib.request.Request) -> Iterator[Any]:
         opener = urllib.request.build_opener(_NoDowngrade)
         with opener.open(request, timeout=TIMEOUT) as response:
             yield response.status, response.headers.get("Content-Range", ""), response.length
-            left = MOST_BYTES + 1 if response.length is None else response.length
+            left = math.inf if response.length is None else response.length
             while left > 0 and (block := response.read1(_BLOCK)):
                 left -= len(block)
                 yield block
