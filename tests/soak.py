@@ -200,9 +200,10 @@ def soak(engine: str, minutes: float, seed: int, folder: Path, log: Path) -> dic
     while (now := time.monotonic()) < end:
         time.sleep(0.25)
         if job.ended():
-            if job.process.returncode != 75:
-                raise SystemExit(f"the job has ended with {job.process.returncode}; see {log}")
-            happened["resumed by hand"] += 1
+            code = job.process.returncode
+            if code not in (75, 130, 143):  # the latter before the workers were there
+                raise SystemExit(f"the job has ended with {code}; see {log}")
+            happened["resumed by hand" if code == 75 else "begun again by hand"] += 1
             job = Job(engine, folder, log)
         for process in job.workers().values():
             with contextlib.suppress(OSError):
