@@ -27,8 +27,8 @@ FILES = [
 
 # Runs code that stands in data, or a shell; or leaves a gap between a name and its file.
 DANGEROUS = re.compile(
-    r"(pickle|cPickle|cloudpickle|dill|marshal|shelve|joblib)\.(load|loads|open|Unpickler)"
-    r"|(builtins\.)?(eval|exec)|os\.(system|popen|tempnam)|commands\.\w+"
+    r"(pickle|cPickle|cloudpickle|dill|marshal|shelve|joblib)\.(load|loads|open|_?Unpickler)"
+    r"|(builtins\.)?(eval|exec)|os\.(system|popen)"
     r"|tempfile\.mktemp|yaml\.(load|load_all|full_load|unsafe_load)"
     r"|torch\.distributed\.checkpoint\..*|ssl\._create_unverified_context"
     r"|torch\.hub\.load_state_dict_from_url"
@@ -36,10 +36,12 @@ DANGEROUS = re.compile(
 
 # The places where a word of it is right, each with its reason.
 ALLOWED = {
-    ("utils/cifar_archive.py", "pickle.Unpickler"),  # a subclass that builds arrays only
+    ("utils/cifar_archive.py", "pickle._Unpickler"),  # a subclass that builds arrays only
     ("utils/checkpoint.py", "torch.load without weights_only=True"),  # --trust-checkpoint
-    ("tests/test_data.py", "pickle.loads"),  # of what the test has made
-    ("tests/test_data.py", "os.system"),  # the payload of a hostile file
+    ("tests/test_archive.py", "pickle.loads"),  # of what the test has made
+    ("tests/test_archive.py", "os.system"),  # payloads of hostile files, from here on
+    ("tests/fuzzing.py", "os.system"),
+    ("tests/fuzzing.py", "eval"),
 }
 
 
@@ -109,6 +111,11 @@ def test_no_python_file_does_what_is_dangerous(path):
     assert [what for what in findings(path.read_text()) if (name, what) not in ALLOWED] == []
 
 
+def test_every_exception_is_still_needed():
+    for name, what in ALLOWED:
+        assert what in findings((ROOT / name).read_text()), (name, what)
+
+
 @pytest.mark.parametrize(
     ("source", "what"),
     [
@@ -152,7 +159,7 @@ SHELL = {
     r"(?<!\\)`": "a command in backticks",
     r"\bmktemp\s+-u|--dry-run.*mktemp": "a name without its file",
 }
-SCRIPTS = [*ROOT.glob("*.sh"), *ROOT.glob("tools/*.sh"), ROOT / ".ci" / "run"]
+SCRIPTS = [*ROOT.glob("*.sh"), *ROOT.glob("[a-z]*/*.sh"), ROOT / ".ci" / "run"]
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)

@@ -113,7 +113,8 @@ FLAGS = {
     "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
     "--overwrite", "-e", "--evaluate", "--per-class", "--estimate", "--trust-checkpoint",
     "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
-    "--memory-format", "--graph", "--resident", "--tf32", "--compile",
+    "--memory-format", "--graph", "--resident", "--tf32", "--compile", "--timeout",
+    "--on-nan",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip
 

@@ -140,7 +140,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         help="architecture: " + ", ".join(names),
     )  # fmt: skip
     group.add_argument(
-        "--depth", type=_whole_number(1, 10_000), metavar="N",
+        "--depth", type=_whole_number(1, 3000), metavar="N",
         help="layers (default: resnet and preresnet 20, resnext 29, wrn 28, densenet 100)",
     )  # fmt: skip
     group.add_argument(
