@@ -55,9 +55,13 @@ class TorchComm(Comm):
             self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
         super().__init__(timeout)
         if self.launched:
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            # NCCL refuses a GPU that two ranks share (CIFAR_SHARE_GPU).
+            own_gpu = self.local_size <= torch.cuda.device_count()
+            backend = "nccl" if self.device.type == "cuda" and own_gpu else "gloo"
             self.name = f"DistributedDataParallel, {backend}"
-            self.graph_warm_up = 11  # its documentation asks for 11, and for a side stream below
+            # DDP's documentation asks for 11 steps, and for a side stream below. What Gloo sends
+            # goes through the host, which cannot be captured.
+            self.graph_warm_up = 11 if backend == "nccl" else 0
             # A supervisor looks for stalled workers after the timeout, and can say which; this
             # is for runs without one.
             limit = timedelta(seconds=timeout + 15)
@@ -82,13 +86,20 @@ class TorchComm(Comm):
         with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
             wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters
                 model,
-                device_ids=[self.local_rank] if on_gpu else None,
+                device_ids=[self.device.index] if on_gpu else None,
                 gradient_as_bucket_view=True,
                 **NO_BUFFER_BROADCAST,
             )
         if exchange.compression == "fp16":
             wrapped.register_comm_hook(None, fp16_compress_hook)
         return wrapped, optimizer
+
+    def settle(self, rehearse: Callable[[], None]) -> None:
+        # After the first backward DDP puts the gradients into other buckets, in the order in which
+        # they came. Where in a bucket a number lies decides in which order three or more workers
+        # add it up.
+        if self.launched and self.size > 2:
+            rehearse()
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any
 
 # Read by hvd.init. The response cache must hold every tensor of a model, or each step negotiates
-# them anew: ResNet-1202 has 3,611 parameters, the default is 1,024.
-os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "8192")
+# them anew: ResNet-1202 has 3,611 parameters, the default is 1,024. Elastic workers go without: a
+# worker that stays keeps its cache, one that comes has none, and they would fuse tensors otherwise.
+os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0" if "HOROVOD_ELASTIC" in os.environ else "8192")
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,15 @@ try:
 except ImportError:
     print("error: Horovod is not installed here; ./setup.sh --horovod builds it", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+
+def _name(kind: str, tensor: Tensor) -> str:
+    """What the workers call an exchange: the same each time, so that it stays in the cache.
+
+    Horovod's own names are numbers that a worker counts up from its start, and elastic workers do
+    not start together.
+    """
+    return f"{kind} {tensor.dtype} {tuple(tensor.shape)}"
 
 
 class HorovodComm(Comm):
@@ -75,7 +85,7 @@ class HorovodComm(Comm):
         """With Horovod Elastic, the state that survives a change of workers is the checkpoint."""
         if not self.elastic:
             return program()
-        self.state = hvd.elastic.ObjectState(hvd.broadcast_object, hvd.rank, regroupings=0)
+        self.state = hvd.elastic.TorchState(regroupings=0)
 
         def begin(state: Any) -> None:
             # A worker that has come later learns here that there is something to go on from.
@@ -118,16 +128,15 @@ class HorovodComm(Comm):
             return super().update(optimizer, allowed)
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        return hvd.allreduce_(tensor, op=hvd.Sum)
+        return hvd.allreduce_(tensor, op=hvd.Sum, name=_name("sum", tensor))
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        return hvd.broadcast_(tensor, root_rank=0)
+        return hvd.broadcast_(tensor, root_rank=0, name=_name("broadcast", tensor))
 
     def max_(self, value: int) -> int:
-        return int(hvd.allreduce(torch.tensor(value), op=hvd.Max))
+        return int(hvd.allreduce(torch.tensor(value), op=hvd.Max, name="max"))
 
     def max_later(self, value: int) -> Callable[[], int]:
-        # By a name of its own: each new name would be negotiated and take a place in the cache.
         handle = hvd.allreduce_async(torch.tensor(value), op=hvd.Max, name="max_later")
         return lambda: int(hvd.synchronize(handle))
 

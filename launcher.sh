@@ -12,6 +12,9 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   -f ENGINE    dist (PyTorch DistributedDataParallel, default) or horovod
   --port N     dist: port of the rendezvous on 127.0.0.1 (default: a free one)
   --hosts LIST horovod: host:slots,... for workers on several machines (default: all here)
+  --min-np N, --max-np N, --host-discovery-script FILE
+               horovod: go on with any number of workers between N and N when some are lost or new
+               ones come; FILE prints the hosts of the moment, host:slots a line
   --max-restarts N
                start again, from the newest checkpoint, after a failure that need not come again:
                a killed or stalled worker, a lost connection (default: 3; 0 to 1000)
@@ -27,21 +30,24 @@ What stands after -- goes to cifar.py and wins over the recipe; python cifar.py 
 END
 }
 
+# One line that a person can read, whatever a value has brought into it.
 fail() {
-    printf 'error: %s\n' "$1" >&2
+    local text=${1//[^[:print:]]/?}
+    ((${#text} <= 400)) || text=${text:0:200}...${text: -190}
+    printf 'error: %s\n' "$text" >&2
     exit 2
 }
 
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' restarts=3 dry_run=0 list=0 yes=0 tool='' benchmark=all
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' min_np='' max_np='' discovery='' restarts=3 dry_run=0 list=0 yes=0 tool='' benchmark=all
 flags=()
 
 parse_options() {
     while (($#)); do
         case $1 in
-            -m | -n | -g | -d | -f | --port | --hosts | --max-restarts)
+            -m | -n | -g | -d | -f | --port | --hosts | --min-np | --max-np | --host-discovery-script | --max-restarts)
                 [[ ${2-} != '' && $2 != -[^0-9]* ]] || fail "$1 '${2-}': needs a value; ./launcher.sh -h shows which"
                 case $1 in
                     -m) model=$2 ;;
@@ -51,11 +57,16 @@ parse_options() {
                     -f) engine=$2 ;;
                     --port) port=$2 ;;
                     --hosts) hosts=$2 ;;
+                    --min-np) min_np=$2 ;;
+                    --max-np) max_np=$2 ;;
+                    --host-discovery-script) discovery=$2 ;;
                     --max-restarts) restarts=$2 ;;
                 esac
                 shift 2
                 ;;
-            --port=* | --hosts=* | --max-restarts=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+            --port=* | --hosts=* | --min-np=* | --max-np=* | --host-discovery-script=* | --max-restarts=*)
+                set -- "${1%%=*}" "${1#*=}" "${@:2}"
+                ;;
             -[mngdf]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
             --list) list=1 && shift ;;
             --dry-run) dry_run=1 && shift ;;
@@ -102,8 +113,20 @@ find_python() {
     esac
 }
 
+# Python for a question. In the project's folder: where the user stands a random.py may lie, which
+# Python would take for its own.
+ask() {
+    (cd "$root" && exec env --unset=PYTHONSAFEPATH "$small_python" "$@")
+}
+
 recipes() {
-    (cd "$root" && exec "$small_python" -m utils.recipes "$@")
+    ask -m utils.recipes "$@"
+}
+
+# Sets safe to the option that has the same effect for the programs that start where the user
+# stands; Python 3.10 has none.
+find_safe() {
+    ! "$1" -P -c '' 2>/dev/null || safe=(-P)
 }
 
 check_dataset() {
@@ -111,7 +134,7 @@ check_dataset() {
     for known in "${datasets[@]}"; do
         [[ $dataset != "$known" ]] || return 0
     done
-    known=$("$small_python" - "$dataset" "${datasets[@]}" <<'END'
+    known=$(ask - "$dataset" "${datasets[@]}" <<'END'
 import difflib
 import sys
 
@@ -145,8 +168,34 @@ check_hosts() {
         fail "--hosts '$hosts': give host:slots,host:slots,..."
     for entry in ${hosts//,/ }; do
         slots=$((slots + ${entry##*:}))
+        case ${entry%:*} in
+            localhost | 127.* | "${HOSTNAME-}") ;;
+            *) command -v ssh >/dev/null ||
+                fail "--hosts $hosts: ssh, which starts workers on other machines, is not installed" ;;
+        esac
     done
     ((workers <= slots)) || fail "-n $workers: more workers than the $slots slot(s) of --hosts $hosts"
+}
+
+# Checks min_np, max_np and discovery: Horovod Elastic.
+check_elastic() {
+    local flag value
+    [[ $min_np$max_np$discovery ]] || return 0
+    [[ $engine == horovod ]] ||
+        fail "--min-np, --max-np, --host-discovery-script: for -f horovod; leave them out"
+    for flag in --min-np --max-np; do
+        value=$min_np
+        [[ $flag == --min-np ]] || value=$max_np
+        [[ -z $value || $value =~ ^[1-9][0-9]{0,3}$ ]] ||
+            fail "$flag '$value': give a whole number from 1 to 9999"
+    done
+    min_np=${min_np:-$workers} max_np=${max_np:-$workers}
+    ((min_np <= workers && workers <= max_np)) ||
+        fail "--min-np $min_np --max-np $max_np: -n $workers must lie between them"
+    [[ -z $discovery ]] || [[ -f $discovery && -x $discovery && -z $hosts ]] ||
+        fail "--host-discovery-script '$discovery': give a program that prints host:slots lines, and no --hosts"
+    [[ $discovery || $hosts == *,* ]] ||
+        fail "--min-np $min_np: needs --host-discovery-script FILE, or two entries in --hosts"
 }
 
 # How many GPUs the driver shows.
@@ -219,7 +268,7 @@ check_port() {
     local wanted=$port
     [[ -z $port || $port =~ ^[1-9][0-9]{3,4}$ && $port -ge 1024 && $port -le 65535 ]] ||
         fail "--port '$port': give a number from 1024 to 65535"
-    port=$("$small_python" - "${port:-0}" <<'END'
+    port=$(ask - "${port:-0}" <<'END'
 import socket
 import sys
 
@@ -234,14 +283,15 @@ END
     ) || fail "--port $wanted: in use on 127.0.0.1; leave it out for a free one"
 }
 
-# Sets dropped to what an outer launcher has left in the environment: it would change the meaning
-# of ours.
+# Sets dropped to what would change the meaning of ours: leftovers of an outer launcher, and what
+# keeps a script from finding its own modules.
 find_dropped() {
     local name
     for name in $(compgen -e); do
         case $name in
             MASTER_ADDR | MASTER_PORT | RANK | WORLD_SIZE | LOCAL_RANK | LOCAL_WORLD_SIZE | NODE_RANK | \
-                GROUP_RANK | GROUP_WORLD_SIZE | ROLE_* | PYTHON_EXEC | PET_* | TORCHELASTIC_*)
+                GROUP_RANK | GROUP_WORLD_SIZE | ROLE_* | PYTHON_EXEC | PYTHONSAFEPATH | PET_* | \
+                TORCHELASTIC_*)
                 dropped+=("$name")
                 ;;
         esac
@@ -250,7 +300,7 @@ find_dropped() {
 
 # The module that starts the workers: torch.distributed.launch, or run where launch is gone.
 launch_module() {
-    "$small_python" - <<'END'
+    ask - <<'END'
 import importlib.util
 from pathlib import Path
 
@@ -266,7 +316,7 @@ dist_command() {
     script=$(from_here cifar.py)
     # launch announces that it will be replaced one day; nobody who trains can act on that.
     # Without a log folder it would make one in /tmp at each start and leave it there.
-    command=("$python" -W ignore::FutureWarning -m "$(launch_module)"
+    command=("$python" "${safe[@]}" -W ignore::FutureWarning -m "$(launch_module)"
         "--nproc_per_node=$workers" --master_addr=127.0.0.1 "--master_port=$port"
         --log-dir=/dev/null "${script//'$'/'$$'}")
     # launch reads $ in what follows as the start of a name, and $$ as $.
@@ -280,17 +330,23 @@ horovod_command() {
     local script horovodrun
     script=$(from_here cifar_horovod.py)
     horovodrun=${python%/*}/horovodrun
-    command=("$python" -m horovod.runner.launch)
-    [[ ! -x $horovodrun ]] || command=("$horovodrun")
-    command+=(-np "$workers" -H "$hosts" --gloo --disable-cache)
-    [[ $hosts != "localhost:$workers" || ! -e /sys/class/net/lo ]] ||
-        command+=(--network-interfaces lo)
+    command=("$python" "${safe[@]}" -m horovod.runner.launch)
+    [[ ! -x $horovodrun ]] || command=("$python" "${safe[@]}" "$horovodrun")
+    command+=(-np "$workers" --gloo --disable-cache)
+    if [[ $discovery ]]; then
+        command+=(--host-discovery-script "$discovery")
+    else
+        command+=(-H "$hosts")
+        [[ ! $hosts =~ ^(localhost|127\.0\.0\.1):[0-9]+(,(localhost|127\.0\.0\.1):[0-9]+)*$ || ! -e /sys/class/net/lo ]] ||
+            command+=(--network-interfaces lo)
+    fi
+    [[ -z $min_np ]] || command+=(--min-np "$min_np" --max-np "$max_np")
     command+=("$python" "$script")
 }
 
 has_horovod() {
-    "$python" -c 'import importlib.util, sys
-sys.exit(importlib.util.find_spec("horovod") is None)' 2>/dev/null
+    (cd "$root" && "$python" -c 'import importlib.util, sys
+sys.exit(importlib.util.find_spec("horovod") is None)' 2>/dev/null)
 }
 
 # horovodrun puts the values of its environment on a command line that everybody can read, and
@@ -321,12 +377,14 @@ print_command() {
 # Runs the tool, a Python module, in the caller's folder.
 run_tool() {
     python=$("$root/setup.sh" --which)
-    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m "$tool" "$@"
+    find_safe "$python"
+    PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} exec "$python" "${safe[@]}" -m "$tool" "$@"
 }
 
 main() {
     local python small_python visible recipe cores
-    local command=() arguments=() shown=() environment=() dropped=() allowed=() start=()
+    local command=() arguments=() shown=() environment=() dropped=() allowed=() safe=() start=()
+    [[ -d $PWD ]] || fail 'the folder where you stand has been removed; go to another'
     parse_options "$@"
     if ((list)); then
         find_python
@@ -345,6 +403,7 @@ main() {
     check_gpus
     check_workers
     check_restarts
+    check_elastic
     check_flags
     find_python
     check_dataset
@@ -373,6 +432,7 @@ main() {
     [[ -z $gpus && -z ${CUDA_VISIBLE_DEVICES+set} ]] ||
         environment+=("CUDA_VISIBLE_DEVICES=${gpus:-$CUDA_VISIBLE_DEVICES}")
     find_dropped
+    find_safe "$small_python"
     "${engine}_command"
     command+=("${arguments[@]}")
 

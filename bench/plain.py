@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from utils.data import load_dataset
+from utils.data import Dataset, load_dataset
 from utils.engine import leave
 from utils.errors import BAD_INPUT, UserError
 from utils.options import MODEL_FLAGS, build_parser
@@ -171,6 +171,25 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def loaders(
+    data: Dataset, options: argparse.Namespace, workers: int | None
+) -> tuple[DataLoader, DataLoader]:
+    """Training and test images in batches; a number of workers shares the former out."""
+    train_set = Images(data.train_images, data.train_labels, train_transform(data.mean, data.std))
+    test_set = Images(data.test_images, data.test_labels, test_transform(data.mean, data.std))
+    sampler: DistributedSampler | None = DistributedSampler(train_set) if workers else None
+    gpu = torch.cuda.is_available()
+    train_loader = DataLoader(
+        train_set, batch_size=options.train_batch // (workers or 1), shuffle=sampler is None,
+        sampler=sampler, num_workers=options.workers, pin_memory=gpu,
+    )  # fmt: skip
+    test_loader = DataLoader(
+        test_set, batch_size=options.test_batch, shuffle=False, num_workers=options.workers,
+        pin_memory=gpu,
+    )  # fmt: skip
+    return train_loader, test_loader
+
+
 def run(options: argparse.Namespace) -> None:
     """Train as the options say."""
     distributed = "WORLD_SIZE" in os.environ
@@ -190,17 +209,7 @@ def run(options: argparse.Namespace) -> None:
         options.dataset, options.data, train_size=options.train_size, test_size=options.test_size,
         workers=options.workers, notify=lambda _: None,
     )  # fmt: skip
-    train_set = Images(data.train_images, data.train_labels, train_transform(data.mean, data.std))
-    test_set = Images(data.test_images, data.test_labels, test_transform(data.mean, data.std))
-    sampler: DistributedSampler | None = DistributedSampler(train_set) if distributed else None
-    train_loader = DataLoader(
-        train_set, batch_size=options.train_batch // size, shuffle=sampler is None,
-        sampler=sampler, num_workers=options.workers, pin_memory=gpu,
-    )  # fmt: skip
-    test_loader = DataLoader(
-        test_set, batch_size=options.test_batch, shuffle=False, num_workers=options.workers,
-        pin_memory=gpu,
-    )  # fmt: skip
+    train_loader, test_loader = loaders(data, options, size if distributed else None)
 
     torch.manual_seed(options.seed)
     raw = build_model(options, len(data.classes)).to(device)
@@ -224,8 +233,8 @@ def run(options: argparse.Namespace) -> None:
         if rank == 0:
             print(f"\nEpoch: [{epoch + 1} | {options.epochs}] LR: {rate:f}")
         started = time.perf_counter()
-        if sampler:
-            sampler.set_epoch(epoch)
+        if isinstance(train_loader.sampler, DistributedSampler):
+            train_loader.sampler.set_epoch(epoch)
         model.train()
         train_loss, train_top1, _ = one_pass(
             "train", train_loader, model, device, optimizer, rank == 0

@@ -68,18 +68,7 @@ class Job:
 
     def workers(self) -> dict[int, int]:
         """The processes that train, by rank."""
-        found = {}
-        for child in _below(self.process.pid):
-            with contextlib.suppress(OSError):
-                words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
-                command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-                if not any(word.endswith(b".py") and b"cifar" in word for word in command[:4]):
-                    continue
-                names = dict(word.split(b"=", 1) for word in words if b"=" in word)
-                rank = names.get(b"RANK", names.get(b"HOROVOD_RANK"))
-                if rank is not None:
-                    found[int(rank)] = child
-        return found
+        return workers_below(self.process.pid)
 
     def launcher(self) -> int | None:
         """The process of torch.distributed.launch or horovodrun."""
@@ -87,12 +76,28 @@ class Job:
         return children[0] if children else None
 
 
+def workers_below(process: int) -> dict[int, int]:
+    """The training processes below a process, by rank."""
+    found = {}
+    for child in _below(process):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+            if not any(word.endswith(b".py") and b"cifar" in word for word in command[:4]):
+                continue
+            words = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+            names = dict(word.split(b"=", 1) for word in words if b"=" in word)
+            rank = names.get(b"RANK", names.get(b"HOROVOD_RANK"))
+            if rank is not None:
+                found[int(rank)] = child
+    return found
+
+
 def _children(process: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{process}/task/{process}/children").read_text()
-    except OSError:
-        return []
-    return [int(word) for word in text.split()]
+    words: list[str] = []
+    for path in Path(f"/proc/{process}/task").glob("*/children"):  # any thread may start one
+        with contextlib.suppress(OSError):
+            words += path.read_text().split()
+    return [int(word) for word in words]
 
 
 def _below(process: int) -> list[int]:
@@ -195,9 +200,10 @@ def soak(engine: str, minutes: float, seed: int, folder: Path, log: Path) -> dic
     while (now := time.monotonic()) < end:
         time.sleep(0.25)
         if job.ended():
-            if job.process.returncode != 75:
-                raise SystemExit(f"the job has ended with {job.process.returncode}; see {log}")
-            happened["resumed by hand"] += 1
+            code = job.process.returncode
+            if code not in (75, 130, 143):  # the latter before the workers were there
+                raise SystemExit(f"the job has ended with {code}; see {log}")
+            happened["resumed by hand" if code == 75 else "begun again by hand"] += 1
             job = Job(engine, folder, log)
         for process in job.workers().values():
             with contextlib.suppress(OSError):

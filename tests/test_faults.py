@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import COMMON, MODELS, environment, run
+from soak import workers_below
 from test_resume import same
 
 from tools.arms import ROOT, engine_command
@@ -387,7 +387,7 @@ def test_the_launcher_starts_a_failed_job_again(tmp_path):
     )  # fmt: skip
     try:
         wait_for(folder / checkpoint.LATEST)
-        os.kill(worker_of(process.pid, rank=1), signal.SIGKILL)
+        os.kill(workers_below(process.pid)[1], signal.SIGKILL)
         out, err = process.communicate(timeout=100)
     finally:
         process.kill()
@@ -401,22 +401,6 @@ def wait_for(path):
     while not path.exists():
         assert time.monotonic() < deadline
         time.sleep(0.02)
-
-
-def worker_of(process, rank):
-    """The id of the process below another one that has this rank."""
-    name = f"RANK={rank}".encode()
-    below = descendants(process)
-    for child in below:
-        if name in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
-            return child
-    raise AssertionError(f"no worker of rank {rank} among {below}")
-
-
-def descendants(process):
-    children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    found = [int(child) for child in children]
-    return [*found, *(below for child in found for below in descendants(child))]
 
 
 def test_the_disk_of_a_run_may_really_be_full(tmp_path):

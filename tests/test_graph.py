@@ -1,20 +1,15 @@
-"""The captured step: what of it needs no GPU, and on a GPU graph against eager."""
-
-import os
+"""The captured step: what of it needs no GPU; test_gpu.py has the rest."""
 
 import pytest
 import torch
-from conftest import environment
 
 from models import create_model
-from tools.arms import ROOT, engine_command
 from utils import checkpoint, order, synthetic
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange
 from utils.graph import StepGraph, wants_graph
 from utils.metrics import Meter
 from utils.optim import build_optimizer, set_learning_rate
-from utils.plot import read_log
 from utils.startup import PAD
 from utils.step import Step
 
@@ -108,31 +103,28 @@ def test_where_recording_fails_training_goes_on_and_says_so_once():
 
 def test_a_graph_is_not_wanted_where_it_cannot_work():
     comm = Comm()
-    comm.device = torch.device("cpu")
-    assert wants_graph("auto", comm, 1) == (False, "")
-    assert wants_graph("on", comm, 1) == (False, "it needs a GPU")
-    comm.device = torch.device("cuda", 0)
-    assert wants_graph("auto", comm, 1) == (True, "")
-    assert wants_graph("off", comm, 1) == (False, "")
-    assert not wants_graph("on", comm, 2)[0]
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    comm.device = cpu
+    assert wants_graph("auto", comm, 1, cpu, "stop") == (False, "")
+    assert wants_graph("on", comm, 1, cpu, "stop") == (False, "it needs a GPU")
+    comm.device = gpu
+    assert wants_graph("auto", comm, 1, gpu, "stop") == (True, "")
+    assert wants_graph("off", comm, 1, gpu, "stop") == (False, "")
+    assert wants_graph("auto", comm, 1, cpu, "stop") == (False, "")
+    assert "--resident" in wants_graph("on", comm, 1, cpu, "stop")[1]
+    assert "--on-nan" in wants_graph("on", comm, 1, gpu, "skip")[1]
+    assert not wants_graph("on", comm, 2, gpu, "stop")[0]
     comm.size = 2
-    assert wants_graph("auto", comm, 1) == (False, "")
-    assert wants_graph("on", comm, 1) == (True, "")
+    assert wants_graph("auto", comm, 1, gpu, "stop") == (False, "")
+    assert wants_graph("on", comm, 1, gpu, "stop") == (True, "")
     comm.graph_warm_up = 0
-    assert "captured" in wants_graph("on", comm, 1)[1]
+    assert "captured" in wants_graph("on", comm, 1, gpu, "stop")[1]
 
 
 def test_the_rate_is_a_number_in_every_checkpoint():
     optimizer = build_optimizer(torch.nn.Linear(2, 2), torch.tensor(0.25), 0.9, 0, False)
     state = checkpoint._with_plain_rate(optimizer.state_dict())
     assert [type(group["lr"]) for group in state["param_groups"]] == [float]
-
-
-FAMILIES = (
-    "alexnet", "vgg11_bn", "resnet --depth 20", "preresnet --depth 20",
-    "resnext --cardinality 2 --depth 11", "wrn --depth 10 --drop 0.3",
-    "densenet --depth 22 --drop 0.1",
-)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -150,57 +142,3 @@ def test_a_compiled_network_trains_the_same_and_keeps_its_names(run_script, tmp_
     assert states[0].keys() == states[1].keys()
     for name, tensor in states[0].items():
         assert torch.allclose(tensor, states[1][name], rtol=1e-3, atol=1e-4), name
-
-
-@pytest.fixture
-def train_on_gpu(run, tmp_path):
-    """Run cifar.py on a GPU into a folder; returns it."""
-    if not torch.cuda.is_available():
-        pytest.skip("no GPU here")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
-    flags = "-d synthetic10 --train-size 3100 --test-size 500 --epochs 2 --schedule 1 --lr 0.01"
-
-    def start(name, network, *more):
-        folder = tmp_path / name
-        words = [*flags.split(), "-a", *network.split(), "-c", str(folder), *more]
-        command = engine_command("serial", 1, str(ROOT / "cifar.py"), *words)
-        result = run(command, env=environment(CUDA_VISIBLE_DEVICES=visible))
-        assert result.returncode == 0, result.stderr
-        assert "device     cuda" in result.stdout
-        assert "warning: --graph" not in result.stdout
-        return folder
-
-    return start
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("network", FAMILIES)
-def test_graph_and_eager_train_the_same_on_a_gpu(train_on_gpu, network):
-    """Fifty steps, with a smaller last one in each epoch."""
-    logs = [
-        read_log(train_on_gpu(choice, network, "--graph", choice) / "log.txt")
-        for choice in ("on", "off")
-    ]
-    for column, values in logs[1].items():
-        assert logs[0][column] == pytest.approx(values, rel=2e-2), column
-
-
-@pytest.mark.gpu
-def test_bf16_learns_as_fp32_does_on_a_gpu(train_on_gpu):
-    logs = [
-        read_log(train_on_gpu(amp, "resnet --depth 20", "--amp", amp) / "log.txt")
-        for amp in ("off", "bf16")
-    ]
-    assert logs[1]["Train Loss"] == pytest.approx(logs[0]["Train Loss"], rel=0.05)
-
-
-@pytest.mark.gpu
-def test_deterministic_runs_are_the_same_bits_on_a_gpu_also_when_interrupted(train_on_gpu):
-    network = "resnet --depth 20"
-    flags = ("--deterministic", "--save-every", "10")
-    folders = [train_on_gpu(name, network, *flags) for name in ("one", "two")]
-    train_on_gpu("resumed", network, *flags, "--epochs", "1")
-    folders.append(train_on_gpu("resumed", network, *flags, "--resume", "auto"))
-    states = [checkpoint.load(folder / checkpoint.LATEST)["state_dict"] for folder in folders]
-    for other in states[1:]:
-        assert all(torch.equal(states[0][name], tensor) for name, tensor in other.items())

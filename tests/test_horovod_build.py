@@ -306,7 +306,8 @@ hvd.allreduce(torch.ones(1), name="gradient")
 
 @needs_horovod
 def test_two_workers_sum_a_tensor_and_a_stalled_one_is_named(run, tmp_path):
-    """One job for both, as its start takes longest. As released the check is mute under Gloo."""
+    """One job for both, as its start takes longest. As released the check is mute under Gloo, and
+    what stands in the names of variables is run."""
     (tmp_path / "worker.py").write_text(WORKER)
     command = [
         sys.executable, "-m", "horovod.runner.launch", "--gloo", "-np", "2", "-H", "localhost:2",
@@ -314,10 +315,12 @@ def test_two_workers_sum_a_tensor_and_a_stalled_one_is_named(run, tmp_path):
     ]  # fmt: skip
     # Not the caller's environment: horovodrun would put all of it on a command line.
     variables = {"OMP_NUM_THREADS": "1", "HOROVOD_STALL_CHECK_TIME_SECONDS": "1"}
+    variables[f"A;touch {tmp_path}/marker;B"] = "x"
     result = run(command, env={"PATH": os.environ["PATH"], **variables})
     assert result.returncode == 0, result.stderr
     assert sorted(re.findall(r"rank .*", result.stdout)) == ["rank 0 of 2: 3", "rank 1 of 2: 3"]
     assert re.search(r"Missing ranks:\s+(\[0\]<stderr>:)?1: \[allreduce.gradient\]", result.stderr)
+    assert not (tmp_path / "marker").exists()
 
 
 @needs_horovod

@@ -36,6 +36,9 @@ HOSTILE = [
 ]  # fmt: skip
 
 
+SAFE = "-P" if sys.version_info >= (3, 11) else ""
+
+
 def write_program(path, text):
     path.write_text(text)
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
@@ -161,7 +164,7 @@ class TestPrintedCommand:
         )
         assert env == {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "lo"}
         assert start[1:] == shlex.split(
-            "-W ignore::FutureWarning -m torch.distributed.launch --nproc_per_node=2 "
+            f"{SAFE} -W ignore::FutureWarning -m torch.distributed.launch --nproc_per_node=2 "
             "--master_addr=127.0.0.1 --master_port=41234 --log-dir=/dev/null"
         )
         assert arguments == shlex.split(

@@ -356,7 +356,9 @@ def forever():
 # A launcher that starts two of them, waits for both, and passes on the larger exit code.
 LAUNCH = """
 if len(sys.argv) == 1:
-    time.sleep(DELAY)
+    if DELAY:
+        os.write(1, b"the launcher runs\\n")
+        time.sleep(DELAY)
     workers = [subprocess.Popen([sys.executable, "-u", __file__, str(k)]) for k in range(2)]
     sys.exit(max(worker.wait() for worker in workers))
 rank = int(sys.argv[1])
@@ -375,6 +377,7 @@ def workers(script):
         command = command_of(path, *options)
         process = start(impatient(command, **seconds) if seconds else command)
         if delay:
+            assert process.stdout.readline() == "the launcher runs\n"
             return process, []
         lines = sorted(process.stdout.readline().split() for _ in range(2))
         return process, [int(line[2]) for line in lines]
@@ -410,8 +413,7 @@ class TestRequests:
 
     def test_sigusr1_and_2_before_any_worker_is_there_kill_nobody(self, workers):
         """The first waits for the workers; the second has nothing to save."""
-        process, _ = workers(delay=0.7)
-        time.sleep(0.3)
+        process, _ = workers(delay=0.5)
         process.send_signal(signal.SIGUSR2)
         process.send_signal(signal.SIGUSR1)
         out, err = process.communicate(timeout=20)
@@ -420,11 +422,20 @@ class TestRequests:
         assert (process.returncode, err) == (75, "")
 
     def test_sigterm_after_sigusr1_does_not_cut_the_save_short(self, workers):
-        process, _ = workers("go_on()")
+        process, _ = workers("while not asked:\n    time.sleep(0.02)\ntime.sleep(1)\nleave(75)")
         process.send_signal(signal.SIGUSR1)
-        time.sleep(0.2)
+        time.sleep(0.7)
         process.terminate()
         assert process.wait(10) == 75
+
+    def test_two_jobs_at_once_do_not_hear_each_other(self, workers):
+        process, _ = workers()
+        other, _ = workers()
+        process.terminate()
+        assert process.wait(10) == 75
+        other.send_signal(signal.SIGUSR1)
+        out, _ = other.communicate(timeout=20)
+        assert sorted(out.splitlines()) == ["0 got 10", "1 got 10"]
 
     def test_a_second_request_ends_everything_at_once(self, workers):
         before = marked_processes()
@@ -465,30 +476,31 @@ class TestStalls:
         assert marked_processes() <= before
 
     def test_a_stopped_worker_is_named_and_the_job_started_again(self, workers):
+        """Although it has begun more than the other one."""
         body = (
             "if 'CIFAR_RESTARTS' in os.environ:\n    leave(0)\n"
-            "watch.beat('evaluating')\nif rank == 0:\n    os.kill(os.getpid(), signal.SIGSTOP)\n"
-            "watch.beat('saving')\nforever()"
+            "watch.beat('evaluating')\nif rank == 0:\n    watch.beat('saving')\n"
+            "    os.kill(os.getpid(), signal.SIGSTOP)\nforever()"
         )
         process, (first, _) = workers(body, timeout=1, options=("--max-restarts", 1))
         _, err = process.communicate(timeout=20)
         assert process.returncode == 0
         assert err == (
-            f"rank 0 (process {first}) has not gone on for 1 s (evaluating, stopped by a signal); "
+            f"rank 0 (process {first}) has not gone on for 1 s (saving, stopped by a signal); "
             "restart 1 of 1 from the newest checkpoint\n"
         )
 
     def test_where_nobody_is_behind_all_are_named(self, workers):
-        process, _ = workers("watch.beat('step 9')\nforever()", timeout=0.5)
+        process, _ = workers("watch.beat('step 9')\nforever()", timeout=1.5)
         _, err = process.communicate(timeout=20)
         assert err.count("Fatal Python error: Aborted") == 2
         assert err.splitlines()[-1] == (
-            "error: none of the 2 ranks has gone on for 0.5 s (step 9); training has stopped"
+            "error: none of the 2 ranks has gone on for 1.5 s (step 9); training has stopped"
         )
 
     def test_an_idle_rank_may_take_its_time(self, workers):
-        body = "if rank == 0:\n    watch.beat('waiting')\ntime.sleep(1)\nleave(0)"
-        process, _ = workers(body, timeout=0.3)
+        body = "time.sleep(0.5)\nif rank == 0:\n    watch.beat('wait')\ntime.sleep(1)\nleave(0)"
+        process, _ = workers(body, timeout=0.5)
         assert process.communicate(timeout=20)[1] == ""
         assert process.returncode == 0
 
@@ -496,11 +508,16 @@ class TestStalls:
     def test_time_in_which_the_supervisor_itself_was_stopped_does_not_count(self, workers):
         """As when the machine or the container was suspended."""
         body = "for k in range(30):\n    watch.beat(f'step {k}')\n    time.sleep(0.1)\nleave(0)"
-        process, ranks = workers(body, timeout=1.5)
-        for number in (signal.SIGSTOP, signal.SIGCONT):
-            for stopped in (*ranks, process.pid)[:: 1 if number == signal.SIGSTOP else -1]:
+        process, ranks = workers(body, timeout=2.5)
+        time.sleep(0.4)  # until they have begun
+        for number, then in ((signal.SIGSTOP, 3), (signal.SIGCONT, 0)):
+            first, last = ([process.pid], ranks)[:: -1 if number == signal.SIGSTOP else 1]
+            for stopped in first:
                 os.kill(stopped, number)
-            time.sleep(2.5)
+            time.sleep(0.4)  # until all that was said has been heard
+            for stopped in last:
+                os.kill(stopped, number)
+            time.sleep(then)
         assert process.communicate(timeout=20)[1] == ""
         assert process.returncode == 0
 
@@ -517,6 +534,7 @@ class TestLaunchersThatDoNotNotice:
         assert process.returncode == 3
         assert err.startswith("error: the launcher failed")
 
+    @pytest.mark.slow
     def test_when_a_worker_has_left_the_others_get_longer(self, workers):
         body = "if rank == 0:\n    forever()\nleave(75)"
         process, _ = workers(body, LINGER=0.2, PATIENCE=1)
@@ -544,8 +562,6 @@ if what.startswith("exit"):
     sys.exit(int(what[4:]))
 if what == "raise":
     raise ValueError("boom")
-if what == "killed":
-    os.kill(os.getpid(), signal.SIGKILL)
 try:
     time.sleep(60)
 except KeyboardInterrupt:
@@ -559,22 +575,10 @@ class TestBesideTorch:
     def command(self, path, *what):
         return [sys.executable, SUPERVISE, "--", *engine_command("dist", 2, path), *what]
 
-    @pytest.mark.parametrize(
-        ("what", "code", "shown"),
-        [
-            (("exit2", "exit2"), 2, ""),
-            (
-                ("wait", "killed"),
-                3,
-                "error: rank 1 was ended by signal 9 (SIGKILL); training has stopped\n",
-            ),
-        ],
-    )
-    def test_a_failure_is_one_line_and_an_exit_code(self, script, what, code, shown):
+    def test_an_exit_code_that_says_it_all_is_passed_on_in_silence(self, script):
         before = marked_processes()
-        result = run(self.command(script(WORKER), *what))
-        assert result.returncode == code
-        assert result.stderr == shown
+        result = run(self.command(script(WORKER), "exit2", "exit2"))
+        assert (result.returncode, result.stderr) == (2, "")
         assert marked_processes() <= before
 
     def test_an_exception_comes_through_and_its_rank_is_named_last(self, script):
@@ -592,7 +596,7 @@ class TestBesideTorch:
         assert process.stdout.readline() == process.stdout.readline() == "ready\n"
         process.kill()
         process.wait()
-        wait_until(lambda: marked_processes() <= before)
+        wait_until(lambda: marked_processes() <= before, seconds=30)
 
     def test_ctrl_c_at_the_terminal_ends_everything_in_silence(self, script):
         before = marked_processes()
@@ -612,10 +616,9 @@ class TestBesideTorch:
         assert marked_processes() <= before
 
 
-@pytest.fixture(params=["dist", pytest.param("horovod", marks=pytest.mark.horovod)])
-def launched(request, script):
+@pytest.fixture
+def launched(engine, script):
     """Start two workers with a real launcher that may be restarted once; as ``workers``."""
-    engine = request.param
     if engine == "horovod" and not has_horovod():
         pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
 
@@ -630,7 +633,13 @@ def launched(request, script):
     return begin
 
 
+ENGINES = ["dist", "horovod"]
+
+
 class TestBesideRealLaunchers:
+    @pytest.mark.parametrize(
+        "engine", ["dist", pytest.param("horovod", marks=pytest.mark.slow)], indirect=True
+    )
     def test_a_killed_worker_is_named_and_the_job_started_again_at_once(self, launched):
         """Although the other worker hears nobody, as when it waits for a GPU."""
         before = marked_processes()
@@ -647,6 +656,7 @@ class TestBesideRealLaunchers:
         )
         assert marked_processes() <= before
 
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
     def test_a_request_is_met_in_peace(self, launched):
         process, _ = launched("go_on()")
         process.terminate()
@@ -654,6 +664,8 @@ class TestBesideRealLaunchers:
         assert {"0 got 15", "1 got 15"} <= set(out.splitlines())
         assert (process.returncode, err) == (75, "")
 
+    @pytest.mark.slow
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
     def test_one_worker_alone_may_be_asked(self, launched):
         """It leaves; the other one is asked by the launcher."""
         process, (_, second) = launched("go_on()")
@@ -661,7 +673,9 @@ class TestBesideRealLaunchers:
         _, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (75, "")
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("stopped", [False, True])
+    @pytest.mark.parametrize("engine", ENGINES, indirect=True)
     def test_a_stall_is_one_line_after_the_stack(self, launched, stopped):
         process, (_, second) = launched(
             "if 'CIFAR_RESTARTS' in os.environ:\n    leave(0)\n"

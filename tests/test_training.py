@@ -166,7 +166,7 @@ class TestRunFolder:
         ("-a wrn --growthRate 12", ["--growthRate 12", "wrn does not take it"]),
         ("--backward-passes-per-step 65", ["--train-batch 64", "smaller than 65"]),
         ("--resume no/such/file", ["--resume no/such/file", "no such file"]),
-        ("--data-md5 00", ["--data-md5", "-d cifar10"]),
+        (f"--data-md5 {'0' * 32}", ["--data-md5", "-d cifar10"]),
         ("--val-split 400", ["--val-split 400", "fewer"]),
         ("--train-size 50001", ["--train-size 50001", "50000"]),
         ("--gpu-id 7", ["--gpu-id 7", "leave the flag out"]),

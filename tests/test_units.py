@@ -75,11 +75,15 @@ class TestOptions:
             ("--evaluate", "--evaluate", "--resume"),
             ("--overwrite --resume auto", "--overwrite", "leave one out"),
             ("--train-batch 8 --batch-per-worker 8", "--batch-per-worker", "not allowed"),
-            ("-d folder --data-md5 00", "--data-md5", "-d cifar10"),
+            (f"-d folder --data-md5 {'0' * 32}", "--data-md5", "-d cifar10"),
             ("--start-epoch 9 --epochs 9", "--start-epoch 9", "below --epochs"),
             ("--nesterov --momentum 0", "--nesterov", "--momentum"),
             ("--amp bf16 --dtype float64", "--amp", "leave one out"),
-            ("--no-such-flag", "--no-such-flag", "unrecognized"),
+            ("--no-such-flag", "--no-such-flag", "no such flag"),
+            ("--epoch 5", "--epoch:", "did you mean --epochs?"),
+            ("-epochs 5", "-epochs:", "did you mean --epochs?"),
+            ("--lr 0.1 0.2", "'0.2'", "-h lists the flags"),
+            ("--lr 1e9 --gamma 1e9 --schedule 1 2 3", "--gamma 1e+09", "a smaller --gamma"),
         ],
     )
     def test_bad_input_names_flag_and_fix_in_one_line(self, line, flag, fix):
@@ -109,7 +113,8 @@ FLAGS = {
     "--adasum", "-c", "--checkpoint", "--resume", "--save-every", "--check-replicas",
     "--overwrite", "-e", "--evaluate", "--per-class", "--estimate", "--trust-checkpoint",
     "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
-    "--memory-format", "--graph", "--tf32", "--compile",
+    "--memory-format", "--graph", "--resident", "--tf32", "--compile", "--timeout",
+    "--on-nan",
     "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip
 

@@ -63,7 +63,8 @@ def test_who_leaves_says_with_which_code(listener):
 
 def test_ten_thousand_beats_unread_hold_up_nobody_and_what_must_arrive_does(listener):
     body = "w = Watch()\nw.begin(0, 1)\nfor _ in range(10_000): w.beat('step')"
-    body += "\nos.write(1, b'done\\n')\nw.idle()\nsys.stdin.read()\nos._exit(0)"
+    body += "\nfrom threading import Timer\nTimer(0.3, os.write, (1, b'done\\n')).start()"
+    body += "\nw.idle()\nsys.stdin.read()\nos._exit(0)"
     with worker(listener, body):
         (seen,) = listener.workers
         assert 100 < seen.count <= 10_000
@@ -158,9 +159,9 @@ class TestWithoutSupervisor:
 
     def test_a_rank_that_goes_on_or_leaves_is_left_alone(self):
         body = (
-            "import utils.watch\nutils.watch._LATER = 0\nw = Watch()\nw.begin(0, 1.5)\n"
-            "for k in range(11):\n    w.beat('step')\n    time.sleep(0.2)\n"
-            "w.leave(0)\ntime.sleep(1.7)"
+            "import utils.watch\nutils.watch._LATER = 0\nw = Watch()\nw.begin(0, 1.3)\n"
+            "for k in range(9):\n    w.beat('step')\n    time.sleep(0.2)\n"
+            "w.leave(0)\ntime.sleep(1.5)"
         )
         result = run(words(body), env=environment(), timeout=20)
         assert (result.returncode, result.stderr) == (0, "")

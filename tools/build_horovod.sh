@@ -359,7 +359,10 @@ main() {
         say "Horovod $release for torch $torch ($gpu, $mpi) is installed already"
         exit 0
     fi
-    cache=${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/cifar-allreduce/horovod
+    # Not a name in /tmp: anybody could have put a wheel there.
+    [[ ${XDG_CACHE_HOME:-${HOME:-}} ]] ||
+        fail 'HOME: unset; set it, or XDG_CACHE_HOME, to where the wheel is to be kept'
+    cache=${XDG_CACHE_HOME:-${HOME:-}/.cache}/cifar-allreduce/horovod
     folder=$cache/$key
     if ! find_wheel; then check_tools; fi
 

@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and README.zh-CN.md from what they describe.
+"""Writes the tables of the READMEs from what they describe.
 
 python -m tools.readme           rewrites the tables
 python -m tools.readme --check   says which file is out of date, exit code 1
@@ -8,11 +8,12 @@ import argparse
 import sys
 from pathlib import Path
 
+from tools import results
 from utils.options import build_parser
 from utils.recipes import load_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES = ("README.md", "README.zh-CN.md")
+FILES = ("README.md", "README.zh-CN.md", "docs/results/README.md")
 
 
 def recipes_table() -> str:
@@ -53,7 +54,7 @@ def flags_table() -> str:
     return "\n".join(lines).strip()
 
 
-TABLES = {"recipes": recipes_table, "flags": flags_table}
+TABLES = {"recipes": recipes_table, "flags": flags_table, "results": results.table}
 
 
 def updated(text: str) -> str:

@@ -97,6 +97,12 @@ class Comm:
             raise UserError("--adasum: only Horovod has it; use cifar_horovod.py (-f horovod)")
         return model, optimizer
 
+    def settle(self, rehearse: Callable[[], None]) -> None:
+        """Call ``rehearse``, a step without effect, if the engine's first step differs from later.
+
+        The order in which an engine adds up must not depend on where a run was interrupted.
+        """
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         """The context of a backward pass that is not the last of its step."""
         return nullcontext()
@@ -228,16 +234,18 @@ def _code_of(error: BaseException) -> int:
 def pick_device(local_rank: int, local_size: int) -> torch.device:
     """The GPU of this local rank, or the CPU on a machine without GPUs.
 
+    With CIFAR_SHARE_GPU in the environment workers share GPUs: for tests, it gains nothing.
+
     Raises:
         UserError: there are GPUs, but fewer than workers on this node.
     """
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus == 0:
         return torch.device("cpu")
-    if local_size > gpus:
+    if local_size > gpus and not os.environ.get("CIFAR_SHARE_GPU"):
         raise UserError(
             f"{local_size} workers for {gpus} GPU(s) on this node: start at most {gpus} workers, "
             "or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU"
         )
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    torch.cuda.set_device(local_rank % gpus)
+    return torch.device("cuda", local_rank % gpus)

@@ -175,7 +175,7 @@ def run(
             notify=say,
         )
     check_agreement(comm, contents(data) if comm.size > 1 else {})
-    train_set, valid_set, test_set = build_sets(data, options, comm.device)
+    train_set, valid_set, test_set = build_sets(data, options, comm)
     batch = global_batch(options, comm.size, len(train_set))
 
     model = build_model(options, len(data.classes)).to(comm.device, train_set.scale.dtype)
@@ -206,7 +206,7 @@ def run(
     if options.compile:
         compile_blocks(model)
     passes = options.backward_passes_per_step
-    graphed, why_not = wants_graph(options.graph, comm, passes, options.on_nan)
+    graphed, why_not = wants_graph(options.graph, comm, passes, train_set.home, options.on_nan)
     optimizer = build_optimizer(
         model,
         torch.tensor(rate, device=comm.device) if graphed else rate,
@@ -249,6 +249,8 @@ def run(
         say(line)
     for line in warnings(options):
         say(f"warning: {line}")
+    if train_set.home != comm.device:
+        say("note: the images stay in main memory (--resident): no CUDA graph")
     if why_not:
         say(f"warning: --graph on: {why_not}; training without")
     for line in start_text(options, saved, position, comm.size):
@@ -258,10 +260,17 @@ def run(
     # A look at each step's gradients costs little where the host does the work itself.
     looks = not options.no_exchange and (comm.device.type == "cpu" or options.on_nan == "skip")
     step = Step(comm, wrapped, optimizer, options.amp, passes, options.on_nan if looks else None)
+    first, last = order.share(*bounds[0], comm.rank, comm.size)
+
+    def rehearse() -> None:
+        index = torch.arange(last - first, device=train_set.home)
+        crops = torch.zeros(len(train_set), 3, dtype=torch.int64, device=train_set.home)
+        step.rehearse(*train_set.batch(index, crops), bounds[0][1])
+
+    comm.settle(rehearse)
     meter = Meter(comm.device)
     graph = None
     if graphed:
-        first, last = order.share(*bounds[0], comm.rank, comm.size)
         recorder = CudaRecorder(comm.device)
         graph = StepGraph(
             step, train_set, meter, last - first, bounds[0][1], comm.graph_warm_up, recorder, say

@@ -6,19 +6,22 @@
 CRASHED, BAD_INPUT, FAILED, RUN_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
 
 
-def one_line(text: str) -> str:
+def one_line(text: str, most: int = 400) -> str:
     """The text with line breaks and all else that would disturb a terminal or a log escaped.
 
     Names of files and answers of servers may hold such characters, and bytes that are no UTF-8.
+    Of a text that is longer than ``most`` characters the middle is left out.
     """
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+    half = most // 2 - 2
+    return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
 
 
 class UserError(Exception):
     """Bad input: one line that names the flag, its value and the way out.
 
     The main program prints it as ``error: <message>`` and exits with code 2; nothing has been
-    written by then.
+    written by then. Whatever a value brings into the message, it stays a line that can be read.
     """
 
     def __init__(self, message: str) -> None:

@@ -73,9 +73,9 @@ def _measure(model: nn.Module, images: ImageSet, share: int, amp: str) -> tuple[
 
 def _step(model: nn.Module, images: ImageSet, count: int, amp: str) -> float:
     """Seconds of forward and backward on the first images."""
-    device = images.labels.device
-    index = torch.arange(count, device=device) % len(images)
-    augmentation = torch.zeros(len(images), 3, dtype=torch.int64, device=device)
+    device = images.device
+    index = torch.arange(count, device=images.home) % len(images)
+    augmentation = torch.zeros(len(images), 3, dtype=torch.int64, device=images.home)
     batch, labels = images.batch(index, augmentation)
     model.zero_grad()
     started = _now(device)

@@ -52,7 +52,7 @@ def evaluate(
         TrainingError: the workers have not counted every image exactly once.
     """
     model.eval()
-    batches = torch.arange(len(images), device=comm.device).split(batch)
+    batches = torch.arange(len(images), device=images.home).split(batch)
     parts = batches[comm.rank :: comm.size]
     meter = Meter(comm.device)
     times = StepTimes()

@@ -47,23 +47,36 @@ class CudaRecorder:
     def record(self, work: Work) -> Work:
         """Capture the work into a graph; returns its replay."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            work()
+        stream = torch.cuda.current_stream()
+        try:
+            with torch.cuda.graph(graph):
+                work()
+        except RuntimeError:
+            # A capture that fails leaves its stream in force and the generator in its hands
+            # (torch 2.11 and older); what goes on without a graph needs both.
+            torch.cuda.set_stream(stream)
+            generator = torch.cuda.default_generators[stream.device_index]
+            generator.graphsafe_set_state(generator.clone_state())
+            raise
         return graph.replay
 
 
-def wants_graph(choice: str, comm: Comm, passes: int, on_nan: str = "stop") -> tuple[bool, str]:
+def wants_graph(
+    choice: str, comm: Comm, passes: int, home: torch.device, on_nan: str
+) -> tuple[bool, str]:
     """Whether to record the step, and why not where that was asked for.
 
     Args:
         choice: --graph: "auto" records where there is one worker, "on" wherever it can work.
         comm: the engine.
         passes: backward passes of a step.
+        home: where the training set lives; the gather of a batch is a part of the graph.
         on_nan: --on-nan; "skip" decides on each step after its backward pass.
     """
     obstacles = [
         (comm.device.type != "cuda", "it needs a GPU"),
         (not comm.graph_warm_up, f"{comm.name} cannot be captured"),
+        (home != comm.device, "the images stay in main memory (--resident)"),
         (passes > 1, "--backward-passes-per-step seeds each pass anew"),
         (on_nan == "skip", "--on-nan skip looks at every step"),
     ]
@@ -108,7 +121,7 @@ class StepGraph:
         self.failed = False
         self._replay: Work | None = None
         self._size = (share, global_batch)
-        device = images.labels.device
+        device = images.device
         self._index = torch.zeros(share, dtype=torch.int64, device=device)
         self._augmentation = torch.zeros(len(images), 3, dtype=torch.int64, device=device)
         self._epoch: Tensor | None = None
@@ -148,7 +161,10 @@ class StepGraph:
             self._replay = self.recorder.record(self._train)
         except RuntimeError as error:
             self.failed = True
-            why = str(error).strip().splitlines()[0]
+            first: BaseException = error  # the end of a capture fails too, and says less
+            while first.__context__:
+                first = first.__context__
+            why = str(first).strip().splitlines()[0]
             self.say(f"warning: --graph: the step cannot be captured ({why}); going on without")
 
     def _train(self) -> None:

@@ -63,7 +63,10 @@ def lay_out(model: nn.Module, sets: Iterable[ImageSet], memory_format: str, comm
 
 def _remembered(name: str, model: nn.Module, comm: Comm) -> str:
     """The answer of an earlier run on this machine, or that of a trial."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # a user without a home
+        return _try(model, comm)
     path = cache / "cifar-allreduce" / "memory-format.json"
     parts = [name, str(next(model.parameters()).dtype), str(comm.sends_any_layout)]
     key = " | ".join([*parts, processor(), f"{torch.get_num_threads()} threads", torch.__version__])

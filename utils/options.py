@@ -7,12 +7,15 @@ unchanged; a modern spelling is accepted beside each camel-case one.
 import argparse
 import difflib
 import math
-from collections.abc import Callable, Sequence
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn
 
 from models import list_models
 from utils.data import DATASETS
-from utils.errors import UserError
+from utils.errors import UserError, one_line
 
 # Flags that go to the model's factory, as spelled on the command line. Unset, they leave the
 # model's own default in force.
@@ -32,7 +35,7 @@ class _Parser(argparse.ArgumentParser):
     """Reports bad input the way the rest of the program does: as a UserError of one line."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
+        raise UserError(one_line(message.removeprefix("argument "), most=250))
 
 
 class _HelpFormatter(argparse.HelpFormatter):
@@ -46,36 +49,59 @@ class _HelpFormatter(argparse.HelpFormatter):
         return text + " (default: %(default)s)"
 
 
-def _whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
-    limit = f"of {least} or more" if most is None else f"from {least} to {most}"
+# int() and float() also take 1_000, full-width digits, spaces around and, the latter, nan and inf.
+_WHOLE = re.compile(r"0*([0-9]{1,10})")
+_REAL = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
+
+def _whole_number(least: int, most: int = 10**9) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = least - 1
-        if value < least or (most is not None and value > most):
-            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number {limit}")
+        digits = _WHOLE.fullmatch(text)
+        value = int(digits[1]) if digits else -1
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text!r}: give a whole number of {least} or more (at most {most})"
+            )
         return value
 
     return parse
 
 
 def _real_number(
-    least: float, *, open_: bool = False, below: float = math.inf
+    least: float, *, open_: bool = False, below: float | None = None, most: float = 1e9
 ) -> Callable[[str], float]:
-    limit = f"{'above' if open_ else 'of at least'} {least:g}"
-    if below < math.inf:
-        limit += f" and below {below:g}"
+    limit = f"{'above' if open_ else 'of at least'} {least:g} "
+    limit += f"(at most {most:g})" if below is None else f"and below {below:g}"
 
     def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (value > least or (value == least and not open_)) or not value < below:
+        value = float(text) if _REAL.fullmatch(text) else math.nan
+        high_enough = value > least or (value == least and not open_)
+        if not high_enough or not value <= most or (below is not None and value >= below):
             raise argparse.ArgumentTypeError(f"{text!r}: give a number {limit}")
         return value
+
+    return parse
+
+
+def _path(text: str) -> str:
+    """A path that files can have and that a line can show."""
+    if not text:
+        raise argparse.ArgumentTypeError("'': empty; give a path or leave the flag out")
+    # Control characters, bytes that are no UTF-8, ends of lines and paragraphs.
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in text):
+        raise argparse.ArgumentTypeError(
+            f"{text!r}: holds a character that cannot be printed; give another name"
+        )
+    if len(text.encode()) > 4000 or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise argparse.ArgumentTypeError(f"{text!r}: longer than names of files can be")
+    return text
+
+
+def _matching(pattern: str, what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if re.fullmatch(pattern, text):
+            return text
+        raise argparse.ArgumentTypeError(f"{text!r}: give {what}")
 
     return parse
 
@@ -114,7 +140,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         help="architecture: " + ", ".join(names),
     )  # fmt: skip
     group.add_argument(
-        "--depth", type=_whole_number(1), metavar="N",
+        "--depth", type=_whole_number(1, 3000), metavar="N",
         help="layers (default: resnet and preresnet 20, resnext 29, wrn 28, densenet 100)",
     )  # fmt: skip
     group.add_argument(
@@ -122,20 +148,21 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
         help="resnet, preresnet: BasicBlock or bottleneck (default: BasicBlock)",
     )  # fmt: skip
     group.add_argument(
-        "--cardinality", type=_whole_number(1), metavar="N",
+        "--cardinality", type=_whole_number(1, 1000), metavar="N",
         help="resnext: groups (default: 8)",
     )  # fmt: skip
     group.add_argument(
-        "--widen-factor", type=_whole_number(1), metavar="N",
+        "--widen-factor", type=_whole_number(1, 1000), metavar="N",
         help="resnext, wrn: width multiplier (default: 4)",
     )  # fmt: skip
     group.add_argument(
-        "--growthRate", "--growth-rate", dest="growth_rate", type=_whole_number(1), metavar="N",
+        "--growthRate", "--growth-rate", dest="growth_rate",
+        type=_whole_number(1, 1000), metavar="N",
         help="densenet: channels that each layer adds (default: 12)",
     )  # fmt: skip
     group.add_argument(
         "--compressionRate", "--compression-rate", dest="compression_rate",
-        type=_whole_number(1), metavar="N",
+        type=_whole_number(1, 1000), metavar="N",
         help="densenet: transitions divide the channels by this (default: 2)",
     )  # fmt: skip
     group.add_argument(
@@ -154,22 +181,25 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
         help="one of " + ", ".join(DATASETS),
     )  # fmt: skip
     group.add_argument(
-        "--data", default="data", metavar="DIR",
+        "--data", type=_path, default="data", metavar="DIR",
         help="where the archives lie or are downloaded to; for -d folder the folder that holds "
         "train/<class>/ and test/<class>/",
     )  # fmt: skip
     group.add_argument(
         "--data-url", action="append", default=[], metavar="URL",
+        type=_matching("https?://[!-~]+", "an address such as https://host/folder/"),
         help="mirror of the CIFAR archive, tried before the official address; repeatable",
     )  # fmt: skip
     group.add_argument(
-        "--data-archive", metavar="FILE", help="CIFAR archive on disk: nothing is downloaded"
-    )
+        "--data-archive", type=_path, metavar="FILE",
+        help="CIFAR archive on disk: nothing is downloaded",
+    )  # fmt: skip
     group.add_argument(
-        "--data-md5", metavar="HEX", help="md5 of the archive, where a mirror's file differs"
-    )
+        "--data-md5", type=_matching("[0-9a-fA-F]{32}", "the 32 hex digits of an md5"),
+        metavar="HEX", help="md5 of the archive, where a mirror's file differs",
+    )  # fmt: skip
     group.add_argument(
-        "-j", "--workers", type=_whole_number(1), default=4, metavar="N",
+        "-j", "--workers", type=_whole_number(1, 1000), default=4, metavar="N",
         help="threads that decode a folder of images once; training itself needs none",
     )  # fmt: skip
     group.add_argument(
@@ -205,15 +235,15 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
     batch = group.add_mutually_exclusive_group()
     batch.add_argument(
-        "--train-batch", type=_whole_number(1), default=128, metavar="N",
+        "--train-batch", type=_whole_number(1, 10**6), default=128, metavar="N",
         help="global batch: images per step over all workers",
     )  # fmt: skip
     batch.add_argument(
-        "--batch-per-worker", type=_whole_number(1), metavar="N",
+        "--batch-per-worker", type=_whole_number(1, 10**6), metavar="N",
         help="the other spelling: images per step and worker",
     )  # fmt: skip
     group.add_argument(
-        "--test-batch", type=_whole_number(1), default=100, metavar="N",
+        "--test-batch", type=_whole_number(1, 10**6), default=100, metavar="N",
         help="images per forward pass in evaluation; does not change the result",
     )  # fmt: skip
     group.add_argument(
@@ -291,11 +321,11 @@ def _add_exchange_flags(group: argparse._ArgumentGroup) -> None:
 
 def _add_run_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
-        "-c", "--checkpoint", metavar="DIR",
+        "-c", "--checkpoint", type=_path, metavar="DIR",
         help="run folder (default: checkpoints/<dataset>/<recipe>, or that of --resume FILE)",
     )  # fmt: skip
     group.add_argument(
-        "--resume", metavar="FILE|auto",
+        "--resume", type=_path, metavar="FILE|auto",
         help="continue from a checkpoint; auto: from the newest in the run folder, if any",
     )  # fmt: skip
     group.add_argument(
@@ -322,8 +352,9 @@ def _add_run_flags(group: argparse._ArgumentGroup) -> None:
         help="read a --resume file even if that runs code in it; for files that you know",
     )  # fmt: skip
     group.add_argument(
-        "--trace", metavar="FILE", help="write loss and times of every step as JSON at the end"
-    )
+        "--trace", type=_path, metavar="FILE",
+        help="write loss and times of every step as JSON at the end",
+    )  # fmt: skip
     group.add_argument(
         "--tensorboard", action="store_true", help="write TensorBoard events to the run folder"
     )
@@ -350,6 +381,10 @@ def _add_hardware_flags(group: argparse._ArgumentGroup) -> None:
         help="GPU: launch the whole step as one CUDA graph; auto does with one worker",
     )  # fmt: skip
     group.add_argument(
+        "--resident", choices=("auto", "on", "off"), default="auto",
+        help="GPU: keep the images in its memory; auto does where a quarter of it holds them",
+    )  # fmt: skip
+    group.add_argument(
         "--memory-format", choices=("auto", "contiguous", "channels_last"), default="auto",
         help="of activations; auto tries on the CPU which is faster, once per machine and model",
     )  # fmt: skip
@@ -373,11 +408,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Raises:
         UserError: a flag, a value or a combination that cannot work; nothing has been done.
     """
-    options = build_parser().parse_args(argv)
+    parser = build_parser()
+    words = sys.argv[1:] if argv is None else argv
+    flags = parser._option_string_actions
+    for word in words:
+        if f"-{word.partition('=')[0]}" in flags:  # -epochs would be read as -e pochs
+            raise UserError(_unknown(word, flags))
+        if re.fullmatch("(--[^=]+=|-[a-zA-Z])--", word):  # argparse loses it and sets []
+            raise UserError(f"{word}: '--' is no value; give another")
+    options, rest = parser.parse_known_args(words)
+    if rest:
+        raise UserError(_unknown(rest[0], flags))
     for wrong, message in _contradictions(options):
         if wrong:
             raise UserError(message)
     return options
+
+
+def _unknown(word: str, flags: Iterable[str]) -> str:
+    """What is wrong with a word that belongs to no flag."""
+    flag = word.partition("=")[0]
+    near = difflib.get_close_matches(flag, flags, n=1) if flag[:1] == "-" else []
+    fix = f"did you mean {near[0]}?" if near else "python cifar.py -h lists the flags"
+    what = f"{flag}: no such flag" if flag[:1] == "-" else f"{word!r}: belongs to no flag"
+    return f"{what}; {fix}"
 
 
 def _contradictions(options: argparse.Namespace) -> list[tuple[bool, str]]:
@@ -415,6 +469,12 @@ def _contradictions(options: argparse.Namespace) -> list[tuple[bool, str]]:
         (
             o.start_epoch is not None and o.start_epoch >= o.epochs,
             f"--start-epoch {o.start_epoch}: must be below --epochs {o.epochs}",
+        ),
+        (
+            # Beyond that float32 ends, and Python's own numbers with a few hundred epochs more.
+            math.log10(o.lr) + len(o.schedule) * max(0.0, math.log10(o.gamma)) > 30,
+            f"--lr {o.lr:g} --gamma {o.gamma:g} --schedule {_spaced(o.schedule)}: the learning "
+            "rate would grow beyond 1e30; give a smaller --gamma",
         ),
         (
             o.nesterov and o.momentum == 0,

@@ -7,6 +7,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from utils.provenance import ROOT
+
 _PROBE = """
 import torch
 layer = torch.nn.Conv2d(3, 64, 3, padding=1)
@@ -35,5 +37,8 @@ def cpu_runs_bf16() -> bool:
     Some virtual machines advertise instructions that they do not have: the process that uses
     them ends with an illegal instruction, which nothing can catch.
     """
-    probe = subprocess.run([sys.executable, "-c", _PROBE], capture_output=True, timeout=120)
+    # Elsewhere, for a random.py where the user stands would pass for Python's own.
+    probe = subprocess.run(
+        [sys.executable, "-c", _PROBE], cwd=ROOT, capture_output=True, timeout=120
+    )
     return probe.returncode == 0

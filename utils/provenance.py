@@ -28,7 +28,12 @@ def versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit that runs, with "+changes" where files differ from it; "" outside a clone."""
+    """The commit that runs, with "+changes" where files differ from it; "" outside a clone.
+
+    CIFAR_COMMIT names it where the files were copied without their history.
+    """
+    if os.environ.get("CIFAR_COMMIT"):
+        return os.environ["CIFAR_COMMIT"]
     git = ["git", "-C", str(ROOT)]
     try:
         head = subprocess.run(

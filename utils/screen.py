@@ -22,7 +22,8 @@ _TAGGED_REPORT = b"RuntimeError: Horovod detected that one or more processes exi
 _TAGGED_FAILURE = re.compile(rb"Process (\d+) exit with status code (\d+)\.")
 _TAGGED_NOISE = re.compile(
     rb"Terminating remaining workers after|"
-    rb"\[\d+\]<stderr>:(Terminated|Killed|Aborted)( \(core dumped\))?$"
+    rb"\[\d+\]<stderr>:(Terminated|Killed|Aborted)( \(core dumped\))?$|"
+    rb".*/multiprocessing/resource_tracker\.py:|  warnings\.warn\('resource_tracker:"
 )
 _ENDED_BY_SIGNAL = (
     b"torch.distributed.elastic.multiprocessing.api.SignalException",

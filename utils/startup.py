@@ -17,7 +17,7 @@ from torch import nn
 
 from models import ModelError, create_model
 from utils import checkpoint, order
-from utils.augment import ImageSet
+from utils.augment import ImageSet, keep_on_device
 from utils.comm import Comm
 from utils.data import Dataset
 from utils.errors import UserError
@@ -200,10 +200,13 @@ def memory_format_for(
 
 
 def build_sets(
-    data: Dataset, options: argparse.Namespace, device: torch.device
+    data: Dataset, options: argparse.Namespace, comm: Comm
 ) -> tuple[ImageSet, ImageSet, ImageSet]:
     """Training, validation and test set; without --val-split the test set validates."""
     dtype = {"float32": torch.float32, "float64": torch.float64}[options.dtype]
+    count, height, width, channels = data.train_images.shape
+    padded = count * (height + 2 * PAD) * (width + 2 * PAD) * channels
+    resident = keep_on_device(options.resident, padded + data.test_images.nbytes, comm)
 
     def images(index: np.ndarray | slice, train: bool, augmented: bool) -> ImageSet:
         return ImageSet(
@@ -211,7 +214,8 @@ def build_sets(
             (data.train_labels if train else data.test_labels)[index],
             data.mean,
             data.std,
-            device=device,
+            device=comm.device,
+            resident=resident,
             dtype=dtype,
             pad=PAD if augmented else 0,
             pad_mode=options.pad_mode,

@@ -87,6 +87,18 @@ class Step:
             raise NotFinite(broken - 1 if broken else None)
         return loss, torch.cat(outputs)
 
+    def rehearse(self, images: Tensor, labels: Tensor, global_batch: int) -> None:
+        """Forward and backward with all-reduce on a share of a batch, without any effect."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        devices = [images.device] if images.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            self.model.train()
+            self._backward(images, labels, self.comm.size / global_batch)
+        self.comm.update(self.optimizer, lambda: False)  # the all-reduce is over
+        self.optimizer.zero_grad()
+        for buffer, value in buffers:
+            buffer.copy_(value)
+
     def _may_update(self) -> bool:
         """Whether all gradients are finite; where nobody looks, they are taken for it."""
         if self.on_nan is None:

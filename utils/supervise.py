@@ -124,22 +124,14 @@ class Attempt:
         self.listener = Listener()
         self._asked, self._told, self._saves = False, set[int](), requests.saves
         self._outcome: Outcome | None = None  # where it is known before the launcher ends
-        environment = {k: v for k, v in os.environ.items() if k not in (VARIABLE, RESTARTS)}
-        if self.listener.name:
-            environment[VARIABLE] = self.listener.name
-        if restarts:
-            environment[RESTARTS] = str(restarts)
-        if tagged and os.isatty(STDOUT):
-            environment["CIFAR_TERMINAL"] = os.ttyname(STDOUT)
         pipes = [os.pipe() for _ in range(1 + tagged)]
         try:
-            # In a session of its own: what the terminal sends comes here once, and is passed on
-            # once.
+            # In a session of its own: what the terminal sends comes here alone.
             self.launcher = subprocess.Popen(
                 command,
                 stdout=pipes[1][1] if tagged else None,
                 stderr=pipes[0][1],
-                env=environment,
+                env=_environment(self.listener.name, restarts, tagged),
                 start_new_session=True,
                 preexec_fn=_begin_launcher,
             )
@@ -166,9 +158,11 @@ class Attempt:
         left = end_descendants()
         for reader in self.readers:
             reader.join(timeout=5)
+        outcome = self._outcome or self._outcome_of(code)
         if left:
-            return Outcome(FAILED, f"process {left[0]} cannot be ended")
-        return self._outcome or self._outcome_of(code)
+            why = f"{outcome.failure}; " if outcome.failure else ""
+            return Outcome(FAILED, f"{why}process {left[0]} cannot be ended")
+        return outcome
 
     def _wait(self) -> int | None:
         try:
@@ -256,6 +250,18 @@ class Attempt:
             self.screens[0].show_log()
         how = f"failed with exit code {code}" if code > 0 else f"was ended by {name_of(-code)}"
         return Outcome(FAILED, f"{who} {how}")
+
+
+def _environment(name: str, restarts: int, tagged: bool) -> dict[str, str]:
+    """What an attempt finds in its environment; nothing that an outer supervisor has said."""
+    environment = {k: v for k, v in os.environ.items() if k not in (VARIABLE, RESTARTS)}
+    if name:
+        environment[VARIABLE] = name
+    if restarts:
+        environment[RESTARTS] = str(restarts)
+    if tagged and os.isatty(STDOUT):
+        environment["CIFAR_TERMINAL"] = os.ttyname(STDOUT)
+    return environment
 
 
 def _begin_launcher() -> None:

@@ -63,6 +63,12 @@ class StepTimes:
             "compute_seconds": self.compute,
             "workers": comm.size,
             "engine": comm.name,
+            "peak_memory": _peak_memory(comm.device),
         }
         if comm.is_main:
             write_atomically(path, lambda file: file.write(json.dumps(record).encode()))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors have taken on this worker's GPU; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

@@ -81,8 +81,8 @@ def train_one_epoch(
     """
     step.model.train()
     epoch = position.epoch
-    sequence = _to(order.permutation(len(images), seed_of_run, epoch), comm.device)
-    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), comm.device)
+    sequence = _to(order.permutation(len(images), seed_of_run, epoch), images.home)
+    augmentation = _to(order.crops_and_flips(len(images), seed_of_run, epoch, PAD), images.home)
     meter.start_from(position.sums, comm)
     bar = ProgressBar("train", len(bounds), comm.is_main)
     for k in range(position.step, len(bounds)):
@@ -168,7 +168,7 @@ class Training:
     timeout: float
     rewinds: int = 0
     left_out: int = 0  # steps in a row
-    last_left_out: int = -2
+    was_left_out: bool = False
 
     def run(self) -> None:
         """Train to the end.
@@ -243,6 +243,9 @@ class Training:
     def _after_step(self, done: int) -> None:
         """What happens inside an epoch, on every rank, after ``done`` steps of it."""
         self.watch.beat(f"step {done + 1} of epoch {self.position.epoch + 1}")
+        if not self.was_left_out:
+            self.left_out = 0
+        self.was_left_out = False
         if self.check_replicas_every and done % self.check_replicas_every == 0:
             check_replicas(self.comm, self.model)
         blind = self.step.on_nan is None and self.exchanges
@@ -273,8 +276,8 @@ class Training:
 
     def _leave_out(self, error: NotFinite) -> None:
         """Go on behind a step whose numbers are not finite, where that is wanted."""
-        self.left_out = self.left_out + 1 if error.step == self.last_left_out + 1 else 1
-        self.last_left_out = error.step
+        self.left_out += 1
+        self.was_left_out = True
         if self.on_nan != "skip" or self.left_out > MOST_NOT_FINITE:
             raise error
         self.say(

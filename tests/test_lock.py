@@ -1,0 +1,61 @@
+"""requirements.lock pins what the requirements ask for, with digests."""
+
+import re
+from pathlib import Path
+
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parent.parent
+# What the lock is for.
+KIND = {
+    "python_version": "3.11", "python_full_version": "3.11.0", "sys_platform": "linux",
+    "platform_system": "Linux", "platform_machine": "x86_64", "implementation_name": "cpython",
+}  # fmt: skip
+
+
+def requirements(name):
+    """The requirements of a file that hold there, by name."""
+    found = {}
+    for line in (ROOT / name).read_text().splitlines():
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            if requirement.marker is None or Marker(str(requirement.marker)).evaluate(KIND):
+                found[plain(requirement.name)] = requirement.specifier
+    return found
+
+
+def plain(name):
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def locked():
+    """Versions by name; every entry has a sha256 and nothing else."""
+    text = (ROOT / "requirements.lock").read_text()
+    entry = re.compile(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}\n", re.M)
+    rest = re.sub(r"^#.*\n", "", entry.sub("", text), flags=re.M)
+    assert rest == "", "entries without a digest, or other lines"
+    return {plain(name): version for name, version in entry.findall(text)}
+
+
+def test_the_lock_and_the_constraints_agree():
+    versions = locked()
+    wrong = {
+        name: (versions.get(name), str(wanted))
+        for name, wanted in requirements("constraints.txt").items()
+        if versions.get(name) not in wanted
+    }
+    assert wrong == {}, "python -m tools.lock writes the file anew"
+
+
+def test_the_lock_has_all_that_is_required():
+    versions = locked()
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        for package, wanted in requirements(name).items():
+            assert versions[package] in wanted, package
+
+
+def test_the_constraints_pin_all_that_is_required():
+    pinned = requirements("constraints.txt")
+    for name in ("requirements.txt", "requirements-dev.txt"):
+        assert set(requirements(name)) <= set(pinned)

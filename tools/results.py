@@ -1,0 +1,224 @@
+"""Results of whole runs, kept in docs/results/<recipe>/<data set>/seed<N>/ and shown as a table.
+
+python -m tools.results add RUN_FOLDER     copies log.txt and metrics.jsonl, makes result.json
+python -m tools.results table              prints the table that tools/readme.py puts into READMEs
+python -m tools.results state RUN_FOLDER   how far a run has come; exit code 1 where not to its end
+"""
+
+import argparse
+import json
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from utils.errors import BAD_INPUT, UserError
+from utils.files import write_atomically
+from utils.recipes import Recipe, load_recipes
+
+FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
+COPIED = ("log.txt", "metrics.jsonl")
+NONE_YET = "No whole run has been published yet."
+LEGEND = (
+    "Test error in per cent. Last: after the last epoch. Best: of the best test epoch, as bearpaw "
+    "prints it. Minutes: of training."
+)
+RE_ENCODED = (
+    "`folder`: the images as JPEG files, a re-encoding of the originals; the error on the original "
+    "pixels may differ a little."
+)
+
+# Options that say where things lie and what is reported: they change no result.
+SILENT = {
+    "help", "dataset", "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint",
+    "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id",
+    "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
+}  # fmt: skip
+
+
+def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What args.json and metrics.jsonl of a run folder hold; no rows before the first epoch.
+
+    Raises:
+        UserError: the folder holds no run.
+    """
+    try:
+        about = json.loads((folder / "args.json").read_text())
+        metrics = folder / "metrics.jsonl"
+        lines = metrics.read_text().splitlines() if metrics.exists() else []
+        return about, [json.loads(line) for line in lines]
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{folder}: no run folder ({error}); name one that holds args.json"
+        ) from error
+
+
+def beyond(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
+    """The flags by which a run differs from its recipe, other than those that change no result."""
+    from utils.options import build_parser, parse_args  # imports torch; the state needs none
+
+    usual = vars(parse_args(recipe.flags))
+    words: list[str] = []
+    for action in build_parser()._actions:
+        value = options.get(action.dest, usual.get(action.dest))
+        if action.dest in SILENT or value == usual[action.dest]:
+            continue
+        words.append(min((s for s in action.option_strings if s.startswith("--")), key=len))
+        if action.nargs != 0:
+            words += map(str, value if isinstance(value, list) else [value])
+    return words
+
+
+def summary(folder: Path, images: str | None) -> dict[str, Any]:
+    """The content of result.json.
+
+    Args:
+        folder: of the run.
+        images: the data set whose published figures a folder of images is compared with.
+
+    Raises:
+        UserError: no run, not a recipe's, not trained to its end, or without a test accuracy.
+    """
+    from utils.options import model_arguments_of
+    from utils.recipes import run_name
+
+    about, rows = read_run(folder)
+    options = about["options"]
+    name = run_name(options["arch"], model_arguments_of(argparse.Namespace(**options)))
+    recipe = load_recipes().get(name)
+    if recipe is None:
+        raise UserError(f"{folder}: {name} is no recipe; ./launcher.sh --list shows them")
+    if len(rows) < options["epochs"]:
+        raise UserError(
+            f"{folder}: {len(rows)} of {options['epochs']} epochs are trained; finish the run "
+            "with --resume auto"
+        )
+    if options["val_split"]:
+        raise UserError(
+            f"{folder}: --val-split {options['val_split']}: its log has no test accuracy; "
+            "publish a run without"
+        )
+    accuracies = [row["valid_top1"] for row in rows]
+    machine = {key: value for key, value in about["machine"].items() if key != "host"}
+    return {
+        "recipe": name,
+        "dataset": options["dataset"],
+        "compared_with": images or options["dataset"],
+        "seed": options["seed"],
+        "epochs": len(rows),
+        "last_accuracy": accuracies[-1],
+        "best_accuracy": max(accuracies),
+        "best_epoch": accuracies.index(max(accuracies)) + 1,
+        "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
+        "flags": beyond(recipe, options),
+        "command": about["command"],
+        "engine": about["engine"],
+        "workers": about["workers"],
+        "versions": about["versions"],
+        "git_commit": about["git_commit"],
+        "machine": machine,
+    }
+
+
+def add(run: Path, results: Path, images: str | None, overwrite: bool) -> Path:
+    """Publish a run; returns its folder among the results.
+
+    Raises:
+        UserError: as ``summary``, or there is one of this recipe, data set and seed already.
+    """
+    found = summary(run, images)
+    folder = results / found["recipe"] / found["dataset"] / f"seed{found['seed']}"
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder}: exists already; --overwrite replaces it")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in COPIED:
+        shutil.copyfile(run / name, folder / name)
+    text = json.dumps(found, indent=2, sort_keys=True) + "\n"
+    write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    return folder
+
+
+def table(results: Path = FOLDER) -> str:
+    """All published results beside the published figures of others, in the recipes' order."""
+    recipes = load_recipes()
+    found = [json.loads(path.read_text()) for path in results.glob("*/*/seed*/result.json")]
+    if not found:
+        return NONE_YET
+    names = list(recipes)
+    found.sort(key=lambda r: (names.index(r["recipe"]), r["dataset"], r["seed"]))
+    lines = [
+        "| `-m` | data set | last | best | authors | bearpaw | seed | minutes | command |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for result in found:
+        recipe = recipes[result["recipe"]]
+        published = [_published(text, result["compared_with"]) for text in
+                     (recipe.authors, recipe.bearpaw)]  # fmt: skip
+        flags = shlex.join(result["flags"])
+        command = f"-m {recipe.name} -d {result['dataset']}" + (f" -- {flags}" if flags else "")
+        device = ", ".join(result["machine"]["gpus"][: result["workers"]]) or "CPU"
+        errors = [f"{100 - result[key]:.2f}" for key in ("last_accuracy", "best_accuracy")]
+        cells = [
+            recipe.name, result["dataset"], *errors, *published, str(result["seed"]),
+            f"{result['minutes']:.1f} ({device})", f"`{command}`",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    folders = any(result["dataset"] == "folder" for result in found)
+    return "\n".join([*lines, "", LEGEND, *([RE_ENCODED] if folders else [])])
+
+
+def _published(figures: str, dataset: str) -> str:
+    """The one for a data set out of "CIFAR-10 / CIFAR-100"."""
+    if figures == "-" or dataset not in ("cifar10", "cifar100"):
+        return "-"
+    return figures.split(" / ")[dataset == "cifar100"]
+
+
+def state(run: Path) -> tuple[str, bool]:
+    """How far a run has come, in words, and whether it is at its end."""
+    if not (run / "args.json").exists():
+        return "not begun", False
+    about, rows = read_run(run)
+    epochs = about["options"]["epochs"]
+    text = f"{len(rows)} of {epochs} epochs"
+    if rows:
+        best = max(row["valid_top1"] for row in rows)
+        text += f", last {rows[-1]['valid_top1']:.2f}, best {best:.2f} %"
+    return text, len(rows) >= epochs
+
+
+def main() -> int:
+    """The command line; see the module's docstring."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
+    commands = parser.add_subparsers(dest="command", required=True)
+    one = commands.add_parser("add", help="publish a run that is trained to its end")
+    one.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    one.add_argument("--overwrite", action="store_true", help="replace what is published")
+    one.add_argument(
+        "--images", choices=("cifar10", "cifar100"),
+        help="for -d folder: which images these are, to compare with published figures",
+    )  # fmt: skip
+    commands.add_parser("table", help="print the table")
+    how_far = commands.add_parser("state", help="how far a run has come")
+    how_far.add_argument("run", type=Path, metavar="RUN_FOLDER")
+    options = parser.parse_args()
+    try:
+        if options.command == "add":
+            print(add(options.run, options.results, options.images, options.overwrite))
+        elif options.command == "table":
+            print(table(options.results))
+        else:
+            text, whole = state(options.run)
+            print(text)
+            return 0 if whole else 1
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
