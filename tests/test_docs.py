@@ -95,3 +95,14 @@ def test_a_network_without_recipe_gets_a_folder_of_its_own():
     assert run_name("resnet", {"depth": 26}) == "resnet_depth_26"
     assert run_name("resnet", {"depth": 20, "checkpoint_activations": True}) == "resnet20"
     assert run_name("resnet", {}) == "resnet20"
+
+
+def test_every_test_that_a_promise_names_exists():
+    """docs/reliability.md names them as `file` or `file: part of a name`."""
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`(test_\w+)(?:: (\w+))?`", text)
+    assert len(named) > 30
+    for file, word in named:
+        source = (ROOT / "tests" / f"{file}.py").read_text()
+        names = re.findall(r"^ *(?:def|class) (\w+)", source, re.MULTILINE)
+        assert any(word in name for name in names), (file, word)

@@ -2,6 +2,7 @@
 
 import ctypes
 import gzip
+import itertools
 import os
 import struct
 import subprocess
@@ -170,6 +171,7 @@ showpage
         ("line\nbreak.png", b"", r"line\nbreak.png"),
         (b"\xff\x1b.png", b"", r"\udcff\x1b.png"),
     ],
+    ids=itertools.count(),  # names and bytes are no words
 )
 def test_a_file_that_is_no_sensible_image_is_named(images, name, content, said):
     bad = images / "train" / "dog" / os.fsdecode(name)
