@@ -365,7 +365,7 @@ def script_command(root, server, path, md5, folder):
     return [ROOT / "cifar.py", *words, *places]
 
 
-@pytest.mark.parametrize("cache", ["usable", "unusable"])
+@pytest.mark.parametrize("cache", [pytest.param("usable", marks=pytest.mark.slow), "unusable"])
 def test_four_processes_at_once_download_once(server, cifar10, tmp_path, cache):
     root = tmp_path / "d"
     if cache == "unusable":
