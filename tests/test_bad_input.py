@@ -54,7 +54,13 @@ GOOD_WORDS = {
     "block_name": ["BasicBlock", "bottleneck"],
     "gpu_id": ["0", "0,1"],
 }
-PATHS = ["some/folder", "bäume und 木"]
+# The letters of flags among them: a value may be one.
+PATHS = [
+    "some/folder",
+    "bäume und 木",
+    "checkpoint=1",
+    *(flag[1] for flag in FLAGS if len(flag) == 2),
+]
 
 # int() or float() takes many of these.
 NO_NUMBER = [
