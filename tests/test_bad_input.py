@@ -194,6 +194,16 @@ def test_good_values_are_taken_and_the_last_one_wins(action):
         assert taken == ([first, second] if action.dest == "data_url" else wanted)
 
 
+PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
+
+
+@given(st.text(PRINTABLE, min_size=1, max_size=60), st.booleans())
+def test_any_name_that_can_be_printed_is_a_path(name, together):
+    words = [f"--checkpoint={name}"] if together or name.startswith("-") else ["-c", name]
+    if name != "--":
+        assert parse_args(words).checkpoint == name
+
+
 # What a good value needs beside it.
 EXTRA = {"start_epoch": ["--epochs", "9"]}
 
