@@ -54,7 +54,13 @@ GOOD_WORDS = {
     "block_name": ["BasicBlock", "bottleneck"],
     "gpu_id": ["0", "0,1"],
 }
-PATHS = ["some/folder", "bäume und 木"]
+# The letters of flags among them: a value may be one.
+PATHS = [
+    "some/folder",
+    "bäume und 木",
+    "checkpoint=1",
+    *(flag[1] for flag in FLAGS if len(flag) == 2),
+]
 
 # int() or float() takes many of these.
 NO_NUMBER = [
@@ -186,6 +192,16 @@ def test_good_values_are_taken_and_the_last_one_wins(action):
         one = [*EXTRA.get(action.dest, []), flag, second]
         taken, wanted = (getattr(parse_args(words), action.dest) for words in (both, one))
         assert taken == ([first, second] if action.dest == "data_url" else wanted)
+
+
+PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
+
+
+@given(st.text(PRINTABLE, min_size=1, max_size=60), st.booleans())
+def test_any_name_that_can_be_printed_is_a_path(name, together):
+    words = [f"--checkpoint={name}"] if together or name.startswith("-") else ["-c", name]
+    if name != "--":
+        assert parse_args(words).checkpoint == name
 
 
 # What a good value needs beside it.

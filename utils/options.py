@@ -412,7 +412,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     words = sys.argv[1:] if argv is None else argv
     flags = parser._option_string_actions
     for word in words:
-        if f"-{word.partition('=')[0]}" in flags:  # -epochs would be read as -e pochs
+        # -epochs would be read as -e pochs
+        if word.startswith("-") and f"-{word.partition('=')[0]}" in flags:
             raise UserError(_unknown(word, flags))
         if re.fullmatch("(--[^=]+=|-[a-zA-Z])--", word):  # argparse loses it and sets []
             raise UserError(f"{word}: '--' is no value; give another")
