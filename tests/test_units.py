@@ -114,8 +114,7 @@ FLAGS = {
     "--overwrite", "-e", "--evaluate", "--per-class", "--estimate", "--trust-checkpoint",
     "--tensorboard", "--trace", "--no-exchange", "--gpu-id", "--amp", "--dtype",
     "--memory-format", "--graph", "--resident", "--tf32", "--compile", "--timeout",
-    "--on-nan",
-    "--deterministic", "--local-rank", "--local_rank",
+    "--on-nan", "--deterministic", "--local-rank", "--local_rank",
 }  # fmt: skip
 
 

@@ -218,6 +218,8 @@ def read(path: Path, flag: str = "--resume") -> bytes:
 
 def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
     """What the bytes of a checkpoint file hold; see ``load``. The path is for messages only."""
+    if content[257:262] == b"ustar":  # torch.load would unpack it into a temporary folder
+        raise UserError(f"{flag} {path}: a file of torch before 0.2; save it again by a newer one")
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
     except Exception as error:

@@ -12,6 +12,7 @@ import numpy as np
 
 from utils import synthetic
 from utils.cifar_archive import ARCHIVES, Archive, Arrays, read_archive, read_folder
+from utils.console import say
 from utils.download import download, md5_of
 from utils.errors import UserError, one_line
 from utils.files import clear_leftovers, write_atomically
@@ -70,7 +71,7 @@ def load_dataset(
     train_size: int | None = None,
     test_size: int | None = None,
     workers: int = 4,
-    notify: Notify = print,
+    notify: Notify = say,
 ) -> Dataset:
     """Load a data set, downloading or decoding it once.
 

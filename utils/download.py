@@ -23,6 +23,7 @@ from typing import Any
 
 from progress.bar import Bar
 
+from utils.console import say
 from utils.errors import UserError, one_line
 
 TIMEOUT = 30.0  # seconds without news from the server
@@ -225,7 +226,7 @@ def _answer(request: urllib.request.Request) -> Iterator[Any]:
 
 def _copy(blocks: Iterable[bytes], file: Any, have: int, total: int | None, notify: Notify) -> int:
     """Append blocks to the file, to MOST_BYTES at most; returns the bytes that are now there."""
-    on_terminal = notify is print and sys.stdout.isatty()
+    on_terminal = notify is say and sys.stdout.isatty()
     bar = Bar("download", max=total or MOST_BYTES, file=sys.stdout, suffix="%(percent)d %%")
     before, since = have, time.monotonic()
     for block in blocks:

@@ -22,6 +22,7 @@ from utils import checkpoint, order
 from utils.agreement import check_agreement, code, contents, flags
 from utils.comm import Comm, Exchange
 from utils.confusion import Confusion
+from utils.console import say as say_line
 from utils.data import load_dataset
 from utils.errors import (
     BAD_INPUT,
@@ -39,7 +40,6 @@ from utils.evaluation import evaluate_on, report_end, report_evaluation
 from utils.files import unlock_folder
 from utils.graph import CudaRecorder, StepGraph, wants_graph
 from utils.logger import RunLog, check_tensorboard
-from utils.logger import say as say_line
 from utils.memory_format import lay_out
 from utils.metrics import Meter
 from utils.optim import Schedule, build_optimizer, scaled_rate

@@ -22,6 +22,7 @@ from PIL import Image
 from progress.bar import Bar
 
 from utils.cifar_archive import Arrays
+from utils.console import say
 from utils.errors import UserError
 
 SIZE = 32
@@ -129,7 +130,7 @@ def read_images(listing: Listing, threads: int, notify: Notify) -> Arrays:
     files = [path for path, _ in listing.train + listing.test]
     images = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
     notify(f"decoding {len(files):,} images, once")
-    show = notify is print and sys.stdout.isatty()
+    show = notify is say and sys.stdout.isatty()
     bar = Bar("decode", max=len(files), file=sys.stdout, check_tty=True)
     resized = 0
     # Pillow's warnings: read_image decides by itself. Filters belong to the process, not a thread.

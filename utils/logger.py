@@ -2,7 +2,6 @@
 
 import importlib.util
 import json
-import os
 import shutil
 import sys
 import time
@@ -13,20 +12,13 @@ from typing import IO, Any
 
 from progress.bar import Bar
 
+from utils.console import say
 from utils.errors import UserError
 from utils.files import write_atomically
 from utils.metrics import Metrics
 from utils.trace import StepTimes
 
 LOG_COLUMNS = ("Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.")
-
-
-def say(text: str) -> None:
-    """Print a line. A reader that has gone away, as of ``| head``, does not end the training."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class RunLog:

@@ -278,14 +278,20 @@ def start_position(
     if saved is None:
         return Position(epoch=options.start_epoch or 0)
     state = saved.state
-    position = Position(
-        epoch=int(state.get("epoch", 0)),
-        step=int(state.get("step", 0)),
-        sums=_rows_of(state.get("step_sums", [])),
-        acc=float(state.get("acc", 0.0)),
-        best_acc=float(state.get("best_acc", 0.0)),
-        best_epoch=int(state.get("best_epoch", state.get("epoch", 0))),
-    )
+    try:
+        position = Position(
+            epoch=int(state.get("epoch", 0)),
+            step=int(state.get("step", 0)),
+            sums=_rows_of(state.get("step_sums", [])),
+            acc=float(state.get("acc", 0.0)),
+            best_acc=float(state.get("best_acc", 0.0)),
+            best_epoch=int(state.get("best_epoch", state.get("epoch", 0))),
+        )
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"--resume {saved.path}: does not say how far it has been trained ({error}); "
+            "give another file"
+        ) from error
     if options.start_epoch is not None:
         position.epoch, position.step, position.sums = options.start_epoch, 0, []
     if position.epoch >= options.epochs:
