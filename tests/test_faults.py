@@ -47,8 +47,8 @@ class TestSignals:
         ("model", "engine", "workers", "fault"),
         [
             ("resnet", "dist", 2, "term-4"),  # reaches one worker only
-            ("alexnet", "horovod", 2, "usr1-9"),
-            ("wrn with dropout", "serial", 1, "int-6"),
+            pytest.param("alexnet", "horovod", 2, "usr1-9", marks=pytest.mark.slow),
+            pytest.param("wrn with dropout", "serial", 1, "int-6", marks=pytest.mark.slow),
             ("resnet", "dist", 2, "term-in-evaluation"),
             pytest.param("resnet", "horovod", 2, "term-in-evaluation", marks=pytest.mark.slow),
             pytest.param("resnet", "dist", 3, "term-6", marks=pytest.mark.slow),  # the last step
@@ -72,6 +72,7 @@ class TestSignals:
         assert result.returncode == 0, result.stderr
         same(untouched(train, model, engine, workers), folder)
 
+    @pytest.mark.slow
     def test_usr2_saves_and_goes_on(self, train, untouched, tmp_path):
         """Killed at the step after next; without the save it would go on from step 3."""
         folder = tmp_path / "saved"
@@ -86,7 +87,7 @@ class TestSignals:
 class TestNotFinite:
     """What becomes of a loss that is NaN on one worker of two."""
 
-    @pytest.mark.parametrize("engine", ["dist", "horovod"])
+    @pytest.mark.parametrize("engine", ["dist", pytest.param("horovod", marks=pytest.mark.slow)])
     def test_the_run_stops_and_keeps_nothing_of_it(self, train, tmp_path, engine):
         folder = tmp_path / "stop"
         result = train(folder, "resnet", engine, 2, fault="nan-4")
@@ -117,7 +118,7 @@ class TestNotFinite:
         assert "(11 in a row)" not in result.stdout
         assert result.stderr.startswith("error: epoch 2, step 6 of 7")
 
-    @pytest.mark.parametrize("engine", ["serial", "dist"])
+    @pytest.mark.parametrize("engine", ["serial", pytest.param("dist", marks=pytest.mark.slow)])
     def test_the_run_goes_back_if_wanted(self, train, tmp_path, engine):
         """From the save after step 3, and on from step 6: two finite steps are left out too."""
         folder = tmp_path / "rewind"
@@ -150,6 +151,7 @@ class TestDisk:
         same(untouched(train, "alexnet", "dist", 2), folder)
         assert not list(folder.glob(".*.tmp"))
 
+    @pytest.mark.slow
     def test_a_disk_that_stays_full_fails_the_run_at_its_end(self, train, tmp_path):
         folder = tmp_path / "full"
         result = train(folder, "alexnet", "serial", 1, fault="full-9")
@@ -289,7 +291,10 @@ class TestFolder:
 
 @pytest.mark.parametrize(
     ("engine", "fault", "difference"),
-    [("dist", "other-option", "--lr"), ("horovod", "other-data", "set of images")],
+    [
+        ("dist", "other-option", "--lr"),
+        pytest.param("horovod", "other-data", "set of images", marks=pytest.mark.slow),
+    ],
 )
 def test_workers_that_run_something_else_are_found_at_the_start(
     train, tmp_path, engine, fault, difference
@@ -308,8 +313,15 @@ class TestRestarts:
         ("engine", "fault", "shown"),
         [
             ("dist", "kill-one-5", "rank 1 was ended by signal 9 (SIGKILL); restart 1 of 2"),
-            ("horovod", "raise-9", "rank 1 failed with exit code 1; restart 1 of 2"),
-            ("dist", "sleep-4", "step 5 of epoch 1); restart 1 of 2"),
+            pytest.param(
+                "horovod",
+                "raise-9",
+                "rank 1 failed with exit code 1; restart 1 of 2",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(
+                "dist", "sleep-4", "step 5 of epoch 1); restart 1 of 2", marks=pytest.mark.slow
+            ),
             pytest.param(
                 "horovod", "stop-4", "stopped by a signal); restart 1 of 2", marks=pytest.mark.slow
             ),
@@ -325,6 +337,7 @@ class TestRestarts:
         assert ("_stand_still" in result.stderr) == fault.startswith("sleep")  # its stack
         same(untouched(train, "resnet", engine, 2), folder)
 
+    @pytest.mark.slow
     def test_torchrun_restarts_too(self, train, untouched, tmp_path):
         """Its own restarts, without our launcher; the folder is not refused as another run's."""
         folder = tmp_path / "run"
@@ -336,11 +349,13 @@ class TestRestarts:
         assert "after epoch 0, step 3" in result.stdout
         same(untouched(train, "resnet", "dist", 2), folder)
 
+    @pytest.mark.slow
     def test_a_reason_that_would_come_again_is_no_reason_to_restart(self, train, tmp_path):
         result = train(tmp_path / "run", "resnet", "dist", 2, fault="nan-4", restarts=2)
         assert result.returncode == 3
         assert "restart" not in result.stderr
 
+    @pytest.mark.slow
     def test_one_rank_sees_no_file(self, train, untouched, tmp_path):
         """It gets the checkpoint from rank 0."""
         folder = tmp_path / "run"
