@@ -19,7 +19,10 @@ from utils.recipes import load_recipes
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
-OURS = "setup.sh", "launcher.sh", "recipes.tsv", "requirements.txt", "requirements-dev.txt", "utils", "loopback"
+OURS = (
+    "setup.sh", "launcher.sh", "recipes.tsv", "requirements.txt", "requirements-dev.txt", "utils",
+    "loopback",
+)  # fmt: skip
 
 # Stands in for cifar.py: every worker writes down what has reached it.
 REPORTER = """
