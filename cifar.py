@@ -11,10 +11,13 @@ program itself is utils/engine.py, shared with cifar_horovod.py.
 
 import inspect
 import os
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import Any
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there under PYTHONSAFEPATH
 
 import torch
 import torch.distributed as dist
@@ -25,6 +28,7 @@ from torch.optim import Optimizer
 
 from utils.comm import Comm, Exchange
 from utils.engine import leave, main
+from utils.errors import UserError
 from utils.supervise import end_with_parent
 
 # Training never reads batch-norm buffers, so broadcasting them at each forward is waste; see
@@ -42,17 +46,15 @@ PATIENCE = timedelta(days=7)
 class TorchComm(Comm):
     """torch.distributed: NCCL between GPUs, Gloo between CPU processes.
 
-    Without a launcher, that is without WORLD_SIZE in the environment, it is the serial engine.
+    Without a launcher, that is without RANK and WORLD_SIZE in the environment, it is the serial
+    engine.
     """
 
     def __init__(self, timeout: float = 600.0) -> None:
-        self.launched = "WORLD_SIZE" in os.environ
+        self.launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
         if self.launched:
             end_with_parent()  # no worker outlives a launcher that is killed
-            self.rank = int(os.environ["RANK"])
-            self.size = int(os.environ["WORLD_SIZE"])
-            self.local_rank = int(os.environ["LOCAL_RANK"])
-            self.local_size = int(os.environ.get("LOCAL_WORLD_SIZE", self.size))
+            self.rank, self.size, self.local_rank, self.local_size = read_place()
         super().__init__(timeout)
         if self.launched:
             # NCCL refuses a GPU that two ranks share (CIFAR_SHARE_GPU).
@@ -71,7 +73,8 @@ class TorchComm(Comm):
 
     @classmethod
     def launched_rank(cls) -> int:
-        return int(os.environ.get("RANK", 0))
+        rank = os.environ.get("RANK", "")
+        return int(rank) if rank.isdecimal() and "WORLD_SIZE" in os.environ else 0
 
     def restarts(self) -> int:
         return super().restarts() + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
@@ -140,6 +143,33 @@ class TorchComm(Comm):
     def close(self) -> None:
         if self.launched:
             dist.destroy_process_group()
+
+
+def read_place() -> tuple[int, int, int, int]:
+    """Rank, size, local rank and local size, as the launcher has left them in the environment.
+
+    Raises:
+        UserError: only a part of it is there, or it makes no sense.
+    """
+    fix = "start with torchrun or launcher.sh, or unset RANK and WORLD_SIZE to train alone"
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ.get(name, "") for name in names}
+    if missing := [name for name, value in found.items() if not value]:
+        given = " ".join(f"{name}={value}" for name, value in found.items() if value)
+        raise UserError(f"{given}: set in the environment without {', '.join(missing)}; {fix}")
+    found["LOCAL_WORLD_SIZE"] = os.environ.get("LOCAL_WORLD_SIZE", found["WORLD_SIZE"])
+    for name, value in found.items():
+        if name != "MASTER_ADDR" and not (value.isascii() and value.isdecimal()):
+            raise UserError(f"{name}={value!r}: no whole number in the environment; {fix}")
+    rank, size, local_rank, local_size = (
+        int(found[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    )
+    if rank >= size or local_rank >= local_size:
+        raise UserError(
+            f"RANK={rank} WORLD_SIZE={size} LOCAL_RANK={local_rank} LOCAL_WORLD_SIZE={local_size}: "
+            f"ranks in the environment count from 0 to the size less one; {fix}"
+        )
+    return rank, size, local_rank, local_size
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ from typing import Any
 # worker that stays keeps its cache, one that comes has none, and they would fuse tensors otherwise.
 os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0" if "HOROVOD_ELASTIC" in os.environ else "8192")
 
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there under PYTHONSAFEPATH
+
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -32,6 +34,23 @@ try:
 except ImportError:
     print("error: Horovod is not installed here; ./setup.sh --horovod builds it", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+
+def check_environment() -> None:
+    """Raise UserError where only a part is there of what horovodrun leaves in the environment.
+
+    hvd.init would end the process, or wait for workers that never come.
+    """
+    names = ("HOROVOD_RANK", "HOROVOD_SIZE")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    whole = len(found) == 2 and all(value.isdecimal() for value in found.values())
+    whole = whole and int(found["HOROVOD_RANK"]) < int(found["HOROVOD_SIZE"])
+    if found and not (whole and "HOROVOD_GLOO_RENDEZVOUS_ADDR" in os.environ):
+        given = " ".join(f"{name}={value}" for name, value in found.items())
+        raise UserError(
+            f"{given}: a part only of horovodrun's environment; start with horovodrun or "
+            f"launcher.sh, or unset {' and '.join(names)} to train alone"
+        )
 
 
 def _name(kind: str, tensor: Tensor) -> str:
@@ -54,6 +73,7 @@ class HorovodComm(Comm):
     adasum = False
 
     def __init__(self, timeout: float = 600.0) -> None:
+        check_environment()
         if not torch.cuda.is_available():
             # Horovod's background thread meets the others once in a cycle, whether there is
             # something to send or not. On a machine whose cores compute, a cycle of 1 ms costs
@@ -76,7 +96,8 @@ class HorovodComm(Comm):
 
     @classmethod
     def launched_rank(cls) -> int:
-        return int(os.environ.get("HOROVOD_RANK", 0))
+        rank = os.environ.get("HOROVOD_RANK", "")
+        return int(rank) if rank.isdecimal() and "HOROVOD_SIZE" in os.environ else 0
 
     def restarts(self) -> int:
         return super().restarts() + self.regroupings

@@ -263,24 +263,19 @@ check_flags() {
     done
 }
 
-# Checks port, or sets it to a free one.
 check_port() {
-    local wanted=$port
-    [[ -z $port || $port =~ ^[1-9][0-9]{3,4}$ && $port -ge 1024 && $port -le 65535 ]] ||
+    [[ $port ]] || return 0
+    [[ $port =~ ^[1-9][0-9]{3,4}$ && $port -ge 1024 && $port -le 65535 ]] ||
         fail "--port '$port': give a number from 1024 to 65535"
-    port=$(ask - "${port:-0}" <<'END'
+    ask - "$port" <<'END' || fail "--port $port: in use on 127.0.0.1; leave it out for a free one"
 import socket
 import sys
 
-with socket.socket() as listener:
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(("127.0.0.1", int(sys.argv[1])))
-    except OSError:
-        sys.exit(1)
-    print(listener.getsockname()[1])
+try:
+    socket.create_server(("127.0.0.1", int(sys.argv[1])))
+except OSError:
+    sys.exit(1)
 END
-    ) || fail "--port $wanted: in use on 127.0.0.1; leave it out for a free one"
 }
 
 # Sets dropped to what would change the meaning of ours: leftovers of an outer launcher, and what
@@ -317,10 +312,12 @@ dist_command() {
     # launch announces that it will be replaced one day; nobody who trains can act on that.
     # Without a log folder it would make one in /tmp at each start and leave it there.
     command=("$python" "${safe[@]}" -W ignore::FutureWarning -m "$(launch_module)"
-        "--nproc_per_node=$workers" --master_addr=127.0.0.1 "--master_port=$port"
+        "--nproc_per_node=$workers" --rdzv-backend=loopback "--rdzv-endpoint=127.0.0.1:${port:-0}"
         --log-dir=/dev/null "${script//'$'/'$$'}")
     # launch reads $ in what follows as the start of a name, and $$ as $.
     arguments=("${arguments[@]//'$'/'$$'}")
+    # Workers meet where no other machine can reach them: loopback/loopback.py.
+    environment+=("PYTHONPATH=$root/loopback${PYTHONPATH:+:$PYTHONPATH}")
     [[ ! -e /sys/class/net/lo ]] ||
         environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}")
 }

@@ -12,8 +12,10 @@ import torch
 from conftest import environment, marked_processes, run
 from PIL import Image
 
+from cifar import TorchComm
 from tools.arms import has_horovod
 from utils import checkpoint
+from utils.engine import main
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
@@ -169,6 +171,78 @@ def test_a_reader_that_goes_away(tmp_path):
     assert result.stdout.count("\n") == 1
     assert result.stderr == ""
     assert left_by(tmp_path / "run") == FILES
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("closed", ["0<&-", "1>&-", "2>&-", "0<&- 1>&- 2>&-"])
+def test_streams_that_are_closed_from_the_start(closed, tmp_path):
+    command = [sys.executable, ROOT / "cifar.py", *SYNTHETIC, "-c", tmp_path / "run"]
+    result = run(["bash", "-c", f'exec "$@" {closed}', "-", *command])
+    assert result.returncode == 0, result.stderr
+    assert left_by(tmp_path / "run") == FILES
+    assert "Last acc" not in (tmp_path / "run" / "log.txt").read_text()
+
+
+LAUNCHED = {
+    "RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29999",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("variables", "named"),
+    [
+        ({"RANK": "5"}, "RANK=5 without WORLD_SIZE, LOCAL_RANK"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 without RANK"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "RANK=0 WORLD_SIZE=2 without MASTER_PORT"),
+        ({**LAUNCHED, "MASTER_ADDR": ""}, "without MASTER_ADDR"),
+        ({**LAUNCHED, "RANK": "x"}, "RANK='x'"),
+        ({**LAUNCHED, "RANK": "-1"}, "RANK='-1'"),
+        ({**LAUNCHED, "RANK": "2"}, "RANK=2 WORLD_SIZE=2"),
+        ({**LAUNCHED, "LOCAL_RANK": "7"}, "LOCAL_RANK=7"),
+        ({**LAUNCHED, "WORLD_SIZE": "1e3"}, "WORLD_SIZE='1e3'"),
+        ({**LAUNCHED, "MASTER_PORT": "http"}, "MASTER_PORT='http'"),
+    ],
+)
+def test_half_of_a_launchers_environment(variables, named, tmp_path, monkeypatch, capfd):
+    """What another program has left there is no reason to wait for workers that never come."""
+    for name in (*LAUNCHED, "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # ranks other than 0 speak later
+    assert main(TorchComm, [*SYNTHETIC, "-c", str(tmp_path / "run")]) == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    for word in named.split():
+        assert word in line
+    assert left_by(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.horovod
+@pytest.mark.parametrize(
+    "variables", ["HOROVOD_RANK=1", "HOROVOD_SIZE=2", "HOROVOD_RANK=x HOROVOD_SIZE=2"]
+)
+def test_half_of_horovodruns_environment(variables, tmp_path):
+    if not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+    command = [sys.executable, ROOT / "cifar_horovod.py", *SYNTHETIC, "-c", tmp_path / "run"]
+    result = run(["env", *variables.split(), *command])
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"error: {variables}: a part only")
+    assert left_by(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["cifar.py", "cifar_horovod.py"])
+def test_a_script_under_pythonsafepath(script, here, tmp_path):
+    if "horovod" in script and not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+    env = odd_environment(tmp_path, PYTHONSAFEPATH="1")
+    result = run([sys.executable, ROOT / script, "--epochs", "x"], env=env, cwd=here)
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --epochs: 'x'")
 
 
 def test_a_folder_that_is_gone(tmp_path):

@@ -22,6 +22,7 @@ from utils import checkpoint, order
 from utils.agreement import check_agreement, code, contents, flags
 from utils.comm import Comm, Exchange
 from utils.confusion import Confusion
+from utils.console import open_streams
 from utils.console import say as say_line
 from utils.data import load_dataset
 from utils.errors import (
@@ -48,6 +49,7 @@ from utils.provenance import write_args
 from utils.startup import (
     build_model,
     build_sets,
+    check_fits,
     choose_tf32,
     claim_folder,
     compile_blocks,
@@ -72,6 +74,7 @@ from utils.watch import Watch
 
 def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:
     """Run the program on this worker with an engine; returns the exit code."""
+    open_streams()
     watch = Watch()
     code = _code_of_run(engine, argv, watch)
     watch.leave(code)
@@ -115,10 +118,25 @@ def _code_of_run(engine: type[Comm], argv: Sequence[str] | None, watch: Watch) -
         if rank == 0:
             print("\ninterrupted; --resume auto continues from the last checkpoint", flush=True)
         return INTERRUPTED
-    except Exception:
+    except Exception as error:
+        if _out_of_memory(error):
+            if rank != 0:
+                time.sleep(3)  # as above: rank 0 speaks where all are out of memory
+            print(
+                "error: out of memory: give a smaller --train-batch, or more "
+                "--backward-passes-per-step; --estimate tells what a run needs",
+                file=sys.stderr,
+                flush=True,
+            )
+            return FAILED
         traceback.print_exc()
         return CRASHED if training else FAILED  # what fails at the start would fail again
     return 0
+
+
+def _out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.cuda.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def _run(comm: Comm, options: argparse.Namespace, watch: Watch) -> None:
@@ -157,8 +175,8 @@ def run(
     if options.tensorboard:
         check_tensorboard()
     options.amp = usable_precision(comm, options.amp, say)
-    with torch.device("meta"):
-        build_model(options, classes=10)  # wrong model flags are found before any download
+    with torch.device("meta"):  # wrong model flags are found before any download
+        check_fits(build_model(options, classes=10), options, comm)
     saved = find_checkpoint(options, comm, say)
 
     with comm.main_first():  # the others wait until downloads and caches are complete

@@ -37,12 +37,13 @@ def estimate(
     train = seconds * len(images) / comm.size
     valid = seconds * tests / comm.size / 3  # forward only
     return [
-        f"parameters  {parameters:,}: {_bytes(weights)}, and twice that for gradients and momentum",
-        f"activations {_bytes(activations)} per worker for {share} of {batch} images "
-        f"({_bytes(saved)} an image)",
-        f"memory      about {_bytes(3 * weights + activations)} per worker, "
-        f"{_bytes((3 * weights + activations) * comm.local_size)} on this node; "
-        f"it has {_bytes(_memory(comm))}",
+        f"parameters  {parameters:,}: {in_bytes(weights)}, and twice that for gradients and "
+        "momentum",
+        f"activations {in_bytes(activations)} per worker for {share} of {batch} images "
+        f"({in_bytes(saved)} an image)",
+        f"memory      about {in_bytes(3 * weights + activations)} per worker, "
+        f"{in_bytes((3 * weights + activations) * comm.local_size)} on this node; "
+        f"it has {in_bytes(node_memory(comm))}",
         f"speed       about {comm.size / seconds:,.1f} images/s, communication left out",
         f"time        about {_duration(train + valid)} an epoch, of which training "
         f"{_duration(train)}; {_duration(epochs * (train + valid))} for {epochs} epochs",
@@ -91,14 +92,15 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _memory(comm: Comm) -> int:
+def node_memory(comm: Comm) -> int:
     """Bytes of this node's main memory, or of the memory of the GPUs that its workers use."""
     if comm.device.type == "cuda":
         return torch.cuda.get_device_properties(comm.device).total_memory * comm.local_size
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _bytes(count: float) -> str:
+def in_bytes(count: float) -> str:
+    """A number of bytes in the unit that suits it."""
     return f"{count / _GIB:,.1f} GiB" if count >= _GIB else f"{count / 2**20:,.1f} MiB"
 
 

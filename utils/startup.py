@@ -21,6 +21,7 @@ from utils.augment import ImageSet, keep_on_device
 from utils.comm import Comm
 from utils.data import Dataset
 from utils.errors import UserError
+from utils.estimate import in_bytes, node_memory
 from utils.files import (
     FolderInUse,
     check_writable,
@@ -183,6 +184,24 @@ def build_model(options: argparse.Namespace, classes: int) -> nn.Module:
     except ModelError as error:
         flag = MODEL_FLAGS.get(error.argument, f"--{error.argument}")
         raise UserError(f"-a {options.arch} {flag} {error.value}: {error.why}") from error
+
+
+def check_fits(network: nn.Module, options: argparse.Namespace, comm: Comm) -> None:
+    """Refuse a network that the machine cannot hold; on the meta device it takes no memory yet.
+
+    Raises:
+        UserError: the parameters, for training with gradients and momentum, need more.
+    """
+    weights = sum(p.numel() * p.element_size() for p in network.parameters())
+    needed = weights * (1 if options.evaluate else 3) * comm.local_size
+    has = node_memory(comm)
+    if needed > has:
+        flags = {MODEL_FLAGS[name]: value for name, value in model_arguments_of(options).items()}
+        given = " ".join(f"{flag} {value}" for flag, value in flags.items())
+        raise UserError(
+            f"-a {options.arch} {given}: the network alone needs {in_bytes(needed)} on this node, "
+            f"which has {in_bytes(has)}; choose a smaller one or fewer workers"
+        )
 
 
 def memory_format_for(
@@ -382,6 +401,8 @@ def claim_folder(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder)
+        if options.trace:
+            check_trace(Path(options.trace))
         lock = lock_folder(folder)
         found = [name for name in names if (folder / name).exists()]
         begun = saved is None and (
@@ -411,6 +432,18 @@ def claim_folder(
             "name another folder with -c DIR"
         ) from error
     return lock
+
+
+def check_trace(path: Path) -> None:
+    """Raise UserError where --trace could not be written at the end of the run."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(0, "it is a folder")
+        check_writable(path.parent)
+    except OSError as error:
+        raise UserError(
+            f"--trace {path}: cannot be written ({error.strerror}); name another file"
+        ) from error
 
 
 def _begun_with(folder: Path, options: argparse.Namespace) -> bool:
