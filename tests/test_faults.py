@@ -15,7 +15,7 @@ from conftest import COMMON, MODELS, environment, run
 from soak import workers_below
 from test_resume import same
 
-from tools.arms import ROOT, engine_command
+from tools.arms import ROOT
 from utils import checkpoint
 from utils.errors import NotFinite, UserError
 from utils.files import FolderInUse, lock_folder, unlock_folder
@@ -341,8 +341,12 @@ class TestRestarts:
     def test_torchrun_restarts_too(self, train, untouched, tmp_path):
         """Its own restarts, without our launcher; the folder is not refused as another run's."""
         folder = tmp_path / "run"
-        words = engine_command("dist", 2, str(ROOT / "tools" / "planted.py"), "kill-one-5", "cifar")
-        words.insert(words.index("torch.distributed.launch") + 1, "--max_restarts=1")
+        # --standalone: with the static rendezvous torch 2.15 itself hangs in the second round.
+        words = [
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+            "--max_restarts=1", "--log-dir", tmp_path / "log", ROOT / "tools" / "planted.py",
+            "kill-one-5", "cifar",
+        ]  # fmt: skip
         flags = [*COMMON, *MODELS["resnet"], "-c", folder, "--overwrite"]
         result = run([*words, *flags])
         assert result.returncode == 0, result.stderr
