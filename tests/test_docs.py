@@ -100,7 +100,7 @@ def test_a_network_without_recipe_gets_a_folder_of_its_own():
 def test_every_test_that_a_promise_names_exists():
     """docs/reliability.md names them as `file` or `file: part of a name`."""
     text = (ROOT / "docs" / "reliability.md").read_text()
-    named = re.findall(r"`(test_\w+)(?:: (\w+))?`", text)
+    named = re.findall(r"`(test_\w+)(?::\s(\w+))?`", text)
     assert len(named) > 30
     for file, word in named:
         source = (ROOT / "tests" / f"{file}.py").read_text()
