@@ -46,8 +46,8 @@ def test_a_run_leaves_the_promised_files_and_trains_what_one_process_trains(
     result = launch([*PRECISE, "-c", str(folder)], workers=workers)
     assert result.returncode == 0, result.stdout + result.stderr
     assert sorted(p.name for p in folder.iterdir()) == [
-        "args.json", "checkpoint.pth.tar", "log.png", "log.txt", "metrics.jsonl",
-        "model_best.pth.tar",
+        "args.json", "checkpoint.previous.pth.tar", "checkpoint.pth.tar", "log.png", "log.txt",
+        "metrics.jsonl", "model_best.pth.tar",
     ]  # fmt: skip
     log, log_alone = (read_log(f / "log.txt") for f in (folder, alone))
     assert tuple(log) == LOG_COLUMNS
