@@ -60,7 +60,7 @@ def train(recorder, lines=None):
         graph = StepGraph(step, images, meter, BATCH, BATCH, 3, recorder, say)
     sums = []
     for epoch in range(2):
-        meter.start_from([0.0] * 4)
+        meter.start_from([], Comm())
         sequence = torch.from_numpy(order.permutation(COUNT, 0, epoch))
         augmentation = torch.from_numpy(order.crops_and_flips(COUNT, 0, epoch, PAD))
         for k, (start, stop) in enumerate(order.batches(COUNT, BATCH, 1)):

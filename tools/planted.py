@@ -108,7 +108,10 @@ def _send(name: str) -> Callable[..., None]:
 
 
 def _flip_last_bit(step: Step, _: Any) -> None:
-    value = list(step.model.parameters())[-1].detach().view(-1)[:1]
+    # Of the largest value: an update may round the difference away where the exponent grows.
+    flat = list(step.model.parameters())[-1].detach().view(-1)
+    place = int(flat.abs().argmax())
+    value = flat[place : place + 1]
     value.copy_(torch.from_numpy(np.nextafter(value.numpy(), np.inf)))
 
 
