@@ -13,8 +13,8 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   --port N     dist: port of the rendezvous on 127.0.0.1 (default: a free one)
   --hosts LIST horovod: host:slots,... for workers on several machines (default: all here)
   --min-np N, --max-np N, --host-discovery-script FILE
-               horovod: go on with any number of workers between N and N when some are lost or new
-               ones come; FILE prints the hosts of the moment, host:slots a line
+               horovod: go on with any number of workers between N and N when some are lost;
+               FILE prints the hosts of the moment, host:slots a line
   --max-restarts N
                start again, from the newest checkpoint, after a failure that need not come again:
                a killed or stalled worker, a lost connection (default: 3; 0 to 1000)
