@@ -32,7 +32,7 @@ from utils.errors import UserError
 from utils.supervise import end_with_parent
 
 # Training never reads batch-norm buffers, so broadcasting them at each forward is waste; see
-# Comm.average_buffers. torch 2.15 has renamed the argument.
+# Comm.averaged_buffers. torch 2.15 has renamed the argument.
 NO_BUFFER_BROADCAST: dict[str, Any] = (
     {"forward_sync_buffers": False}
     if "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
