@@ -16,7 +16,7 @@ from bench import allreduce, epoch, loader, scaling, step
 from bench.common import Result, Settings, header, header_lines
 from utils.data import DATASETS
 from utils.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
-from utils.files import check_writable, write_atomically
+from utils.files import make_output, write_atomically, write_text
 from utils.recipes import find_recipe
 
 BENCHMARKS = {
@@ -114,13 +114,7 @@ def measure_all(options: argparse.Namespace) -> None:
         options.dataset, options.data, options.rounds, options.models, options.threads,
         options.loaders, options.scale,
     )  # fmt: skip
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        check_writable(options.output)
-    except OSError as error:
-        raise UserError(
-            f"-o {options.output}: cannot be written to ({error.strerror}); name another folder"
-        ) from error
+    make_output(options.output)
     about = {**header(), "command": sys.argv, "settings": asdict(settings)}
     print("\n".join(header_lines(about, settings.threads)))
     results: dict[str, Result] = {}
@@ -154,7 +148,7 @@ def write(
         for name, result in results.items()
     }
     text = json.dumps({"header": about, "benchmarks": benchmarks}, indent=1)
-    write_atomically(folder / "bench.json", lambda file: file.write(text.encode()))
+    write_text(folder / "bench.json", text)
     figure = Figure(figsize=(10, 3.5 * len(results)), layout="constrained")
     for axes, (name, result) in zip(
         figure.subplots(len(results), squeeze=False)[:, 0], results.items(), strict=True

@@ -20,7 +20,7 @@ import torch
 from bench.common import Result, Settings, arm_environment, measure
 from tools.arms import engine_class, engine_command, has_horovod
 from utils.engine import leave
-from utils.files import write_atomically
+from utils.files import write_text
 
 WORKERS = 2
 SIZES = tuple(2**power for power in range(12, 27, 2))  # bytes: 4 KiB to 64 MiB
@@ -131,7 +131,7 @@ def work(script: str, path: Path, scale: float) -> None:
             times.append(time.perf_counter() - started)
         found.append(times[2:])  # the first two pay for memory and connections
     if comm.is_main:
-        write_atomically(path, lambda file: file.write(json.dumps(found).encode()))
+        write_text(path, json.dumps(found))
     comm.close()
 
 

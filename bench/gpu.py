@@ -23,10 +23,17 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from bench.common import Result, arm_environment, header, header_lines, ratio, timed
+from bench.common import (
+    Result,
+    arm_environment,
+    header,
+    header_lines,
+    ratio,
+    timed,
+)
 from bench.gpu_worker import TEST, TRAIN
 from utils.errors import BAD_INPUT, INTERRUPTED, UserError
-from utils.files import check_writable, write_atomically
+from utils.files import make_output, write_text
 from utils.recipes import find_recipe
 
 GIB = 2**30
@@ -341,13 +348,7 @@ def profile_text(record: dict[str, Any]) -> str:
 
 def run(options: argparse.Namespace) -> None:
     """Measure; print each arm as it comes, and the table last."""
-    try:
-        options.output.mkdir(parents=True, exist_ok=True)
-        check_writable(options.output)
-    except OSError as error:
-        raise UserError(
-            f"-o {options.output}: cannot be written to ({error.strerror}); name another folder"
-        ) from error
+    make_output(options.output)
     about = describe(options)
     lines = [*header_lines(about, torch.get_num_threads()), *gpu_lines(about)]
     print("\n".join(lines), flush=True)
@@ -356,7 +357,7 @@ def run(options: argparse.Namespace) -> None:
     try:
         for record in measure_all(plan(options), options):
             records.append(record)
-            _write(path, {"header": about, "arms": records})
+            write_text(path, json.dumps({"header": about, "arms": records}, indent=1))
             short = {k: v for k, v in record.items() if k != "kernels"}
             print(json.dumps(short), flush=True)
     finally:
@@ -367,11 +368,6 @@ def run(options: argparse.Namespace) -> None:
             table = Result("one GPU", [HEAD, *rows], NOTES, {}, lambda axes: None)
             print("\n".join(["", *lines, "", table.text()]))
         print(path, flush=True)
-
-
-def _write(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=1)
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

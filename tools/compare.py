@@ -22,7 +22,7 @@ import torch
 
 from utils import checkpoint
 from utils.errors import BAD_INPUT, FAILED, UserError
-from utils.files import write_atomically
+from utils.files import make_output, write_atomically, write_text
 from utils.recipes import find_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +43,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         recipe = find_recipe(options.model)
+        make_output(options.output)  # before minutes of training, not after them
         arms = run_arms(recipe.name, recipe.flags, options)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -52,9 +53,8 @@ def main() -> int:
         return error.returncode if error.returncode == BAD_INPUT else FAILED
     summary = summarise(arms)
     summary["command"] = sys.argv
-    options.output.mkdir(parents=True, exist_ok=True)
     text = json.dumps({"summary": summary, "arms": [a["trace"] for a in arms.values()]}, indent=1)
-    write_atomically(options.output / "compare.json", lambda file: file.write(text.encode()))
+    write_text(options.output / "compare.json", text)
     draw(arms, summary, options.output / "compare.png")
     print(table(summary))
     print(f"{options.output / 'compare.json'}  {options.output / 'compare.png'}")

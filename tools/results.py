@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.errors import BAD_INPUT, UserError
-from utils.files import write_atomically
+from utils.files import write_text
 from utils.recipes import Recipe, load_recipes
 
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -136,7 +136,7 @@ def add(run: Path, results: Path, images: str | None, overwrite: bool) -> Path:
     for name in COPIED:
         shutil.copyfile(run / name, folder / name)
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
-    write_atomically(folder / "result.json", lambda file: file.write(text.encode()))
+    write_text(folder / "result.json", text)
     return folder
 
 

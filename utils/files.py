@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
+from utils.errors import UserError
+
 _SUFFIX = ".tmp"
 _LOCK = ".lock"
 
@@ -45,6 +47,11 @@ def write_atomically(
         os.fsync(folder)  # the rename itself
     finally:
         os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file by a text, as ``write_atomically`` does."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 class FolderInUse(Exception):
@@ -112,3 +119,18 @@ def check_writable(folder: Path) -> None:
     """Raise OSError where no file can be made in the folder."""
     with tempfile.NamedTemporaryFile(dir=folder, suffix=_SUFFIX, prefix="."):
         pass
+
+
+def make_output(folder: Path) -> None:
+    """Make the folder that -o names for results.
+
+    Raises:
+        UserError: it cannot be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        check_writable(folder)
+    except OSError as error:
+        raise UserError(
+            f"-o {folder}: cannot be written to ({error.strerror}); name another folder"
+        ) from error

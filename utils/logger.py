@@ -6,15 +6,14 @@ import shutil
 import sys
 import time
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from progress.bar import Bar
 
 from utils.console import say
 from utils.errors import UserError
-from utils.files import write_atomically
+from utils.files import write_text
 from utils.metrics import Metrics
 from utils.trace import StepTimes
 
@@ -78,8 +77,7 @@ class RunLog:
 
     def _write(self, folder: Path) -> None:
         for name, lines in (("log.txt", self.table), ("metrics.jsonl", self.lines)):
-            text = "".join(line + "\n" for line in lines).encode()
-            write_atomically(folder / name, partial(_put, text))
+            write_text(folder / name, "".join(line + "\n" for line in lines))
 
     def _add_events(self, record: dict[str, Any], epoch: int) -> None:
         if self.writer:
@@ -105,10 +103,6 @@ def check_tensorboard() -> None:
 
 def _kept_lines(path: Path, count: int) -> list[str]:
     return path.read_text().splitlines()[:count] if path.exists() else []
-
-
-def _put(text: bytes, file: IO[bytes]) -> None:
-    file.write(text)
 
 
 class ProgressBar:

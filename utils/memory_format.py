@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from utils.augment import ImageSet
 from utils.comm import Comm
-from utils.files import write_atomically
+from utils.files import write_text
 from utils.provenance import processor
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
@@ -79,7 +79,7 @@ def _remembered(name: str, model: nn.Module, comm: Comm) -> str:
     answers[key] = _try(model, comm)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: file.write(json.dumps(answers, indent=1).encode()))
+        write_text(path, json.dumps(answers, indent=1))
     except OSError:
         pass  # the next run tries again
     return answers[key]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from utils.comm import Comm
-from utils.files import write_atomically
+from utils.files import write_text
 
 
 class StepTimes:
@@ -66,7 +66,7 @@ class StepTimes:
             "peak_memory": _peak_memory(comm.device),
         }
         if comm.is_main:
-            write_atomically(path, lambda file: file.write(json.dumps(record).encode()))
+            write_text(path, json.dumps(record))
 
 
 def _peak_memory(device: torch.device) -> int:
