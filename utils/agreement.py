@@ -3,29 +3,33 @@
 import argparse
 import hashlib
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from utils.comm import Comm
 from utils.data import Dataset
 from utils.errors import UserError
+from utils.options import of_the_run
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# What may differ: which worker this is.
-_OWN = {"local_rank"}
 
-
-def check_agreement(comm: Comm, parts: Mapping[str, object]) -> None:
+def check_agreement(comm: Comm, describe: Callable[[], Mapping[str, object]]) -> None:
     """Compare named values with rank 0's; every rank must call it. One sum over the workers.
+
+    Args:
+        comm: the engine; one worker alone describes nothing.
+        describe: gives the values, under the same names on every rank.
 
     Raises:
         UserError: on all ranks; names a rank and what it has otherwise.
     """
     if comm.size == 1:
         return
+    parts = describe()
     digests = [hashlib.sha256(repr(value).encode()).digest() for value in parts.values()]
     own = torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
     rows = comm.rows(own.to(comm.device)).cpu()
@@ -51,14 +55,12 @@ def code() -> dict[str, object]:
 def flags(options: argparse.Namespace) -> dict[str, object]:
     """Every option by its flag."""
     return {
-        f"--{name.replace('_', '-')}": value
-        for name, value in vars(options).items()
-        if name not in _OWN
+        f"--{name.replace('_', '-')}": value for name, value in of_the_run(vars(options)).items()
     }
 
 
 def contents(data: Dataset) -> dict[str, object]:
     """A digest of the images and labels."""
     arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    sums = [(array.shape, zlib.crc32(array.tobytes())) for array in arrays]
+    sums = [(array.shape, zlib.crc32(np.ascontiguousarray(array).data)) for array in arrays]
     return {"set of images": (sums, data.classes, data.mean, data.std)}

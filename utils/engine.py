@@ -168,8 +168,8 @@ def run(
         claims: gets what has to be given back at the end.
     """
     say = say_line if comm.is_main else _say_nothing
-    check_agreement(comm, code())
-    check_agreement(comm, flags(options))
+    check_agreement(comm, code)
+    check_agreement(comm, partial(flags, options))
     make_reproducible(options.seed, options.deterministic)
     choose_tf32(options.tf32)
     if options.tensorboard:
@@ -192,7 +192,7 @@ def run(
             workers=options.workers,
             notify=say,
         )
-    check_agreement(comm, contents(data) if comm.size > 1 else {})
+    check_agreement(comm, partial(contents, data))
     train_set, valid_set, test_set = build_sets(data, options, comm)
     batch = global_batch(options, comm.size, len(train_set))
 

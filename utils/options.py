@@ -10,8 +10,8 @@ import math
 import re
 import sys
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
-from typing import NoReturn
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 from models import list_models
 from utils.data import DATASETS
@@ -499,6 +499,11 @@ def warnings(options: argparse.Namespace) -> list[str]:
             "epochs are counted from 0 and later ones have no effect"
         )
     return found
+
+
+def of_the_run(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options without the one that says which worker this is."""
+    return {name: value for name, value in options.items() if name != "local_rank"}
 
 
 def _spaced(values: Sequence[int]) -> str:

@@ -30,7 +30,7 @@ from utils.files import (
     unlock_folder,
 )
 from utils.memory_format import FORMATS, choose
-from utils.options import MODEL_FLAGS, model_arguments_of
+from utils.options import MODEL_FLAGS, model_arguments_of, of_the_run
 from utils.position import Position
 from utils.precision import cpu_runs_bf16
 from utils.recipes import run_name
@@ -157,10 +157,7 @@ def _own_checkpoint(options: argparse.Namespace, say: Callable[[str], Any]) -> F
 
 
 def _same_options(recorded: Any, options: argparse.Namespace) -> bool:
-    def essence(values: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in values.items() if name != "local_rank"}
-
-    return isinstance(recorded, dict) and essence(recorded) == essence(vars(options))
+    return isinstance(recorded, dict) and of_the_run(recorded) == of_the_run(vars(options))
 
 
 def run_folder(options: argparse.Namespace) -> Path:
