@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from archives import small_cifar10
 
 from tools.arms import ROOT, SCRIPTS, clean_environment, engine_command, has_horovod
 
@@ -94,6 +95,13 @@ def no_process_is_left():
 def run_fixture():
     """Run any command with a time limit, in the tests' environment."""
     return run
+
+
+@pytest.fixture
+def cifar10(tmp_path):
+    """A small archive in the official layout, and its md5."""
+    path = tmp_path / "small.tar.gz"
+    return path, small_cifar10(path)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import FOLDER, batch, md5_of, members_of_cifar10, small_cifar10, write_archive
+from archives import FOLDER, batch, md5_of, members_of_cifar10, silent, small_cifar10, write_archive
 from conftest import environment
 
 from utils.cifar_archive import ARCHIVES, read_archive, read_folder
@@ -21,17 +21,6 @@ from utils.engine import main
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def silent(_: str) -> None:
-    pass
-
-
-@pytest.fixture
-def cifar10(tmp_path):
-    """A small archive in the official layout, and its md5."""
-    path = tmp_path / "small.tar.gz"
-    return path, small_cifar10(path)
 
 
 def complaint_about(path: Path, root: Path) -> str:

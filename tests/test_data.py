@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from archives import small_cifar10
+from archives import silent
 from PIL import Image
 from torch import nn
 
@@ -21,17 +21,6 @@ from utils.data import _measured, _read_cache, load_dataset
 from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def silent(_: str) -> None:
-    pass
-
-
-@pytest.fixture
-def cifar10(tmp_path):
-    """A small archive in the official layout, and its md5."""
-    path = tmp_path / "small.tar.gz"
-    return path, small_cifar10(path)
 
 
 def test_a_part_of_the_data_is_the_same_in_every_run(cifar10, tmp_path):

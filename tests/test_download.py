@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from archives import small_cifar10
+from archives import silent
 from conftest import environment
 from conftest import run as run_command
 
@@ -184,13 +184,6 @@ class Server:
 
 
 @pytest.fixture
-def cifar10(tmp_path):
-    """A small archive in the official layout, and its md5."""
-    path = tmp_path / "small.tar.gz"
-    return path, small_cifar10(path)
-
-
-@pytest.fixture
 def server(cifar10, monkeypatch):
     """A server of the small archive; the official address leads nowhere."""
     monkeypatch.setattr("utils.data.SERVER", "http://127.0.0.1:9/")
@@ -200,10 +193,6 @@ def server(cifar10, monkeypatch):
     started = Server(cifar10[0].read_bytes())
     yield started
     started.stop()
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def fetch(server, cifar10, root, *paths, notify=silent):

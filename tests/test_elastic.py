@@ -3,10 +3,9 @@
 import os
 import signal
 import subprocess
-import time
 
 import pytest
-from conftest import COMMON, MODELS, ROOT, environment
+from conftest import COMMON, MODELS, ROOT, environment, wait_until
 from soak import workers_below
 
 from utils import checkpoint
@@ -36,13 +35,6 @@ def launch(folder, *options):
     )  # fmt: skip
 
 
-def wait_for(path):
-    deadline = time.monotonic() + 150
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 def check(process, train, folder, alone, sizes):
     """It has ended well, with these numbers of workers, and trained what one process trains."""
     out, err = process.communicate(timeout=200)
@@ -61,6 +53,6 @@ def check(process, train, folder, alone, sizes):
 def test_a_lost_worker_leaves_the_others_training(start, train, tmp_path):
     folder = tmp_path / "run"
     process = start(folder, "-n", "2", "--min-np", "1", "--hosts", "localhost:1,127.0.0.1:1")
-    wait_for(folder / checkpoint.LATEST)
+    wait_until((folder / checkpoint.LATEST).exists, seconds=150)
     os.kill(workers_below(process.pid)[1], signal.SIGKILL)
     check(process, train, folder, tmp_path / "alone", ["2", "1"])

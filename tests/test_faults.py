@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import COMMON, MODELS, environment, run
+from conftest import COMMON, MODELS, environment, run, wait_until
 from soak import workers_below
 from test_resume import same
 
@@ -405,7 +405,7 @@ def test_the_launcher_starts_a_failed_job_again(tmp_path):
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
     )  # fmt: skip
     try:
-        wait_for(folder / checkpoint.LATEST)
+        wait_until((folder / checkpoint.LATEST).exists, seconds=60)
         os.kill(workers_below(process.pid)[1], signal.SIGKILL)
         out, err = process.communicate(timeout=100)
     finally:
@@ -413,13 +413,6 @@ def test_the_launcher_starts_a_failed_job_again(tmp_path):
     assert process.returncode == 0, err
     assert "rank 1 was ended by signal 9 (SIGKILL); restart 1 of 3" in err
     assert "continuing" in out
-
-
-def wait_for(path):
-    deadline = time.monotonic() + 60
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 def test_the_disk_of_a_run_may_really_be_full(tmp_path):

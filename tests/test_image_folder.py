@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from archives import silent
 from conftest import environment
 from PIL import Image
 
@@ -23,10 +24,6 @@ from utils.errors import UserError
 from utils.image_folder import read_image
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def silent(_: str) -> None:
-    pass
 
 
 def save(path: Path, image: Image.Image, **options) -> None:
