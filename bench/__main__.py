@@ -15,7 +15,7 @@ import torch
 from bench import allreduce, epoch, loader, scaling, step
 from bench.common import Result, Settings, header, header_lines
 from utils.data import DATASETS
-from utils.errors import BAD_INPUT, FAILED, INTERRUPTED, UserError
+from utils.errors import BAD_INPUT, FAILED, UserError, command
 from utils.files import make_output, write_atomically, write_text
 from utils.recipes import find_recipe
 
@@ -35,20 +35,15 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(message.removeprefix("argument "))
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, report; returns the exit code."""
     try:
         options = parse(argv)
         measure_all(options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     except subprocess.CalledProcessError as error:
         print(f"error: this arm has failed: {' '.join(error.cmd)}", file=sys.stderr)
         return error.returncode if error.returncode == BAD_INPUT else FAILED
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
     return 0
 
 

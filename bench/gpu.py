@@ -32,7 +32,7 @@ from bench.common import (
     timed,
 )
 from bench.gpu_worker import TEST, TRAIN
-from utils.errors import BAD_INPUT, INTERRUPTED, UserError
+from utils.errors import UserError, command
 from utils.files import make_output, write_text
 from utils.recipes import find_recipe
 
@@ -370,17 +370,11 @@ def run(options: argparse.Namespace) -> None:
         print(path, flush=True)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Parse, measure, report; returns the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table is printed first
-    try:
-        run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return INTERRUPTED
+    run(parse(argv))
     return 0
 
 

@@ -32,7 +32,7 @@ from torchvision import transforms
 
 from utils.data import Dataset, load_dataset
 from utils.engine import leave
-from utils.errors import BAD_INPUT, UserError
+from utils.errors import UserError, command
 from utils.options import MODEL_FLAGS, build_parser
 from utils.startup import build_model
 
@@ -267,13 +267,10 @@ def run(options: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the exit code."""
-    try:
-        run(parse(argv))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    run(parse(argv))
     return 0
 
 

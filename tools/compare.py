@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from utils import checkpoint
-from utils.errors import BAD_INPUT, FAILED, UserError
+from utils.errors import BAD_INPUT, FAILED, command
 from utils.files import make_output, write_atomically, write_text
 from utils.recipes import find_recipe
 
@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("one process", "dist", "horovod")
 
 
+@command
 def main() -> int:
     """Parse, run every arm, report; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -45,9 +46,6 @@ def main() -> int:
         recipe = find_recipe(options.model)
         make_output(options.output)  # before minutes of training, not after them
         arms = run_arms(recipe.name, recipe.flags, options)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
     except subprocess.CalledProcessError as error:
         print(f"error: this arm has failed: {' '.join(error.cmd)}", file=sys.stderr)
         return error.returncode if error.returncode == BAD_INPUT else FAILED

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
-from utils.errors import BAD_INPUT, UserError
+from utils.errors import command
 from utils.options import model_arguments_of, parse_args
 from utils.recipes import Recipe, find_recipe
 
@@ -35,13 +35,10 @@ def minutes(recipe: Recipe) -> float:
     return options.epochs * (launches * KERNEL_SECONDS + work / FLOPS) / 60
 
 
+@command
 def main(argv: Sequence[str]) -> int:
     """Print name and minutes, a recipe a line."""
-    try:
-        found = {recipe.name: minutes(recipe) for recipe in map(find_recipe, argv)}
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    found = {recipe.name: minutes(recipe) for recipe in map(find_recipe, argv)}
     for name in sorted(found, key=found.__getitem__):
         print(f"{name} {found[name]:.1f}")
     return 0

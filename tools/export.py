@@ -17,11 +17,12 @@ import torch
 
 from models import create_model, identify
 from tools.network import Network, load_network
-from utils.errors import BAD_INPUT, FAILED, UserError
+from utils.errors import FAILED, UserError, command
 
 TOLERANCE = 1e-4  # of the logits, relative to their largest
 
 
+@command
 def main() -> int:
     """Export what the command line asks for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -29,17 +30,13 @@ def main() -> int:
     parser.add_argument("--safetensors", type=Path, metavar="FILE", help="write the weights")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="write the network")
     options = parser.parse_args()
-    try:
-        if not (options.safetensors or options.onnx):
-            raise UserError("name a file with --safetensors FILE, --onnx FILE, or both")
-        if options.safetensors:
-            _require("--safetensors", "safetensors")
-        if options.onnx:
-            _require("--onnx", "onnx", "onnxscript", "onnxruntime")
-        network = load_network(options.checkpoint)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    if not (options.safetensors or options.onnx):
+        raise UserError("name a file with --safetensors FILE, --onnx FILE, or both")
+    if options.safetensors:
+        _require("--safetensors", "safetensors")
+    if options.onnx:
+        _require("--onnx", "onnx", "onnxscript", "onnxruntime")
+    network = load_network(options.checkpoint)
     images = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         wanted = network.model(images)

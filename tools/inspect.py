@@ -15,7 +15,7 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from models import identify
 from utils import checkpoint
-from utils.errors import BAD_INPUT, UserError
+from utils.errors import command
 
 
 def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
@@ -62,6 +62,7 @@ def _is_buffer(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
+@command
 def main() -> int:
     """Describe the files of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -69,13 +70,9 @@ def main() -> int:
     parser.add_argument("--trust-checkpoint", action="store_true",
                         help="read a file even if that runs code in it")  # fmt: skip
     options = parser.parse_args()
-    try:
-        for path in options.files:
-            state = checkpoint.load(path, flag="FILE", trust=options.trust_checkpoint)
-            print("\n".join(describe(path, state)))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    for path in options.files:
+        state = checkpoint.load(path, flag="FILE", trust=options.trust_checkpoint)
+        print("\n".join(describe(path, state)))
     return 0
 
 

@@ -14,22 +14,19 @@ import torch
 
 from tools.network import load_network
 from utils.augment import ImageSet
-from utils.errors import BAD_INPUT, UserError
+from utils.errors import command
 from utils.image_folder import read_image
 
 
+@command
 def main() -> int:
     """Predict for the images of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     options = parser.parse_args()
-    try:
-        network = load_network(options.checkpoint)
-        pixels = np.stack([read_image(path)[0] for path in options.images])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    network = load_network(options.checkpoint)
+    pixels = np.stack([read_image(path)[0] for path in options.images])
     labels = np.zeros(len(pixels), np.int64)  # not known, and not used
     images = ImageSet(pixels, labels, network.mean, network.std, device=torch.device("cpu"))
     with torch.inference_mode():

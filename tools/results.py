@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.errors import BAD_INPUT, UserError
+from utils.errors import UserError, command
 from utils.files import write_text
 from utils.recipes import Recipe, load_recipes
 
@@ -189,6 +189,7 @@ def state(run: Path) -> tuple[str, bool]:
     return text, len(rows) >= epochs
 
 
+@command
 def main() -> int:
     """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -205,18 +206,14 @@ def main() -> int:
     how_far = commands.add_parser("state", help="how far a run has come")
     how_far.add_argument("run", type=Path, metavar="RUN_FOLDER")
     options = parser.parse_args()
-    try:
-        if options.command == "add":
-            print(add(options.run, options.results, options.images, options.overwrite))
-        elif options.command == "table":
-            print(table(options.results))
-        else:
-            text, whole = state(options.run)
-            print(text)
-            return 0 if whole else 1
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
+    if options.command == "add":
+        print(add(options.run, options.results, options.images, options.overwrite))
+    elif options.command == "table":
+        print(table(options.results))
+    else:
+        text, whole = state(options.run)
+        print(text)
+        return 0 if whole else 1
     return 0
 
 

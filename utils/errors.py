@@ -1,5 +1,12 @@
 """The exceptions that have a meaning for the user, and the exit codes they stand for."""
 
+import sys
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec
+
+P = ParamSpec("P")
+
 # 0 finished, 1 an unexpected exception, which another try from the newest checkpoint may survive,
 # 2 bad input, 3 training failed, 75 stopped by a signal after a save: run me again, 130 ended by
 # Ctrl-C. The launcher's are the same without 1.
@@ -26,6 +33,23 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(one_line(message))
+
+
+def command(main: Callable[P, int]) -> Callable[P, int]:
+    """Make a command: bad input is one line, Ctrl-C no traceback, and both an exit code."""
+
+    @wraps(main)
+    def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        try:
+            return main(*args, **kwargs)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return BAD_INPUT
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            return INTERRUPTED
+
+    return run
 
 
 class TrainingError(Exception):
