@@ -12,9 +12,12 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   -f ENGINE    dist (PyTorch DistributedDataParallel, default) or horovod
   --port N     dist: port of the rendezvous on 127.0.0.1 (default: a free one)
   --hosts LIST horovod: host:slots,... for workers on several machines (default: all here)
+  --network-interfaces LIST
+               horovod: those that the hosts reach each other by, such as eth0 (default: lo where
+               all workers are here, else Horovod looks for them)
   --min-np N, --max-np N, --host-discovery-script FILE
-               horovod: go on with any number of workers between N and N when some are lost;
-               FILE prints the hosts of the moment, host:slots a line
+               horovod: go on with any number of workers between N and N when some are lost or new
+               ones come; FILE prints the hosts of the moment, host:slots a line
   --max-restarts N
                start again, from the newest checkpoint, after a failure that need not come again:
                a killed or stalled worker, a lost connection (default: 3; 0 to 1000)
@@ -41,13 +44,13 @@ fail() {
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
 datasets=(cifar10 cifar100 folder synthetic10 synthetic100)
 
-model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' min_np='' max_np='' discovery='' restarts=3 dry_run=0 list=0 yes=0 tool='' benchmark=all
+model='' workers='' gpus='' dataset=cifar10 engine=dist port='' hosts='' interfaces='' min_np='' max_np='' discovery='' restarts=3 dry_run=0 list=0 yes=0 tool='' benchmark=all
 flags=()
 
 parse_options() {
     while (($#)); do
         case $1 in
-            -m | -n | -g | -d | -f | --port | --hosts | --min-np | --max-np | --host-discovery-script | --max-restarts)
+            -m | -n | -g | -d | -f | --port | --hosts | --network-interfaces | --min-np | --max-np | --host-discovery-script | --max-restarts)
                 [[ ${2-} != '' && $2 != -[^0-9]* ]] || fail "$1 '${2-}': needs a value; ./launcher.sh -h shows which"
                 case $1 in
                     -m) model=$2 ;;
@@ -57,6 +60,7 @@ parse_options() {
                     -f) engine=$2 ;;
                     --port) port=$2 ;;
                     --hosts) hosts=$2 ;;
+                    --network-interfaces) interfaces=$2 ;;
                     --min-np) min_np=$2 ;;
                     --max-np) max_np=$2 ;;
                     --host-discovery-script) discovery=$2 ;;
@@ -64,7 +68,7 @@ parse_options() {
                 esac
                 shift 2
                 ;;
-            --port=* | --hosts=* | --min-np=* | --max-np=* | --host-discovery-script=* | --max-restarts=*)
+            --port=* | --hosts=* | --network-interfaces=* | --min-np=* | --max-np=* | --host-discovery-script=* | --max-restarts=*)
                 set -- "${1%%=*}" "${1#*=}" "${@:2}"
                 ;;
             -[mngdf]?*) set -- "${1:0:2}" "${1:2}" "${@:2}" ;;
@@ -154,7 +158,10 @@ check_benchmark() {
 
 check_engine() {
     case $engine in
-        dist) [[ -z $hosts ]] || fail "--hosts $hosts: for -f horovod; leave it out" ;;
+        dist)
+            [[ -z $hosts ]] || fail "--hosts $hosts: for -f horovod; leave it out"
+            [[ -z $interfaces ]] || fail "--network-interfaces $interfaces: for -f horovod; leave it out"
+            ;;
         horovod) [[ -z $port ]] || fail "--port $port: for -f dist; leave it out" ;;
         *) fail "-f '$engine': no such engine; choose dist or horovod" ;;
     esac
@@ -175,6 +182,21 @@ check_hosts() {
         esac
     done
     ((workers <= slots)) || fail "-n $workers: more workers than the $slots slot(s) of --hosts $hosts"
+}
+
+# Checks interfaces, or sets it to the loopback where all hosts are this machine.
+check_interfaces() {
+    local local_hosts='^(localhost|127\.0\.0\.1):[0-9]+(,(localhost|127\.0\.0\.1):[0-9]+)*$' name
+    if [[ $interfaces ]]; then
+        [[ $interfaces =~ ^[A-Za-z0-9][A-Za-z0-9_.-]*(,[A-Za-z0-9][A-Za-z0-9_.-]*)*$ ]] ||
+            fail "--network-interfaces '$interfaces': give names such as eth0, separated by commas"
+        for name in ${interfaces//,/ }; do
+            [[ ! -e /sys/class/net || -e /sys/class/net/$name ]] ||
+                fail "--network-interfaces '$interfaces': no $name here; /sys/class/net lists those that are"
+        done
+    elif [[ ! $discovery && $hosts =~ $local_hosts && -e /sys/class/net/lo ]]; then
+        interfaces=lo
+    fi
 }
 
 # Checks min_np, max_np and discovery: Horovod Elastic.
@@ -331,12 +353,12 @@ horovod_command() {
     [[ ! -x $horovodrun ]] || command=("$python" "${safe[@]}" "$horovodrun")
     command+=(-np "$workers" --gloo --disable-cache)
     if [[ $discovery ]]; then
-        command+=(--host-discovery-script "$discovery")
+        [[ $discovery == */* ]] || discovery=./$discovery
+        command+=(--host-discovery-script "$(printf %q "$discovery")") # horovodrun hands it to a shell
     else
         command+=(-H "$hosts")
-        [[ ! $hosts =~ ^(localhost|127\.0\.0\.1):[0-9]+(,(localhost|127\.0\.0\.1):[0-9]+)*$ || ! -e /sys/class/net/lo ]] ||
-            command+=(--network-interfaces lo)
     fi
+    [[ -z $interfaces ]] || command+=(--network-interfaces "$interfaces")
     [[ -z $min_np ]] || command+=(--min-np "$min_np" --max-np "$max_np")
     command+=("$python" "$script")
 }
@@ -412,7 +434,10 @@ main() {
     fi
     case $engine in
         dist) check_port ;;
-        horovod) check_hosts ;;
+        horovod)
+            check_hosts
+            check_interfaces
+            ;;
     esac
     ((dry_run)) || python=$("$root/setup.sh" --which)
     if [[ $engine == horovod ]] && ! ((dry_run)) && ! has_horovod; then

@@ -380,6 +380,7 @@ LAUNCHER_VALUES = {
     "-f": ("dist", []),
     "--port": ("41235", []),
     "--hosts": ("localhost:1", ["-f", "horovod"]),
+    "--network-interfaces": ("lo", ["-f", "horovod"]),
     "--max-restarts": ("1", []),
     "--min-np": ("1", ELASTIC),
     "--max-np": ("1", ELASTIC),

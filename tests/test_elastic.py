@@ -1,4 +1,4 @@
-"""Horovod Elastic: workers are lost, the run goes on from its newest checkpoint."""
+"""Horovod Elastic: workers are lost or come in, the run goes on from its newest checkpoint."""
 
 import os
 import signal
@@ -56,3 +56,17 @@ def test_a_lost_worker_leaves_the_others_training(start, train, tmp_path):
     wait_until((folder / checkpoint.LATEST).exists, seconds=150)
     os.kill(workers_below(process.pid)[1], signal.SIGKILL)
     check(process, train, folder, tmp_path / "alone", ["2", "1"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_new_host_is_taken_in_after_a_save(start, train, tmp_path):
+    folder, hosts, program = (tmp_path / name for name in ("run", "hosts", "dis cover"))
+    hosts.write_text("localhost:1\n")
+    program.write_text(f"#!/bin/sh\ncat '{hosts}'\n")
+    program.chmod(0o755)
+    elastic = ("--max-np", "2", "--host-discovery-script", program, "--network-interfaces", "lo")
+    process = start(folder, "-n", "1", *elastic)
+    wait_until((folder / checkpoint.LATEST).exists, seconds=150)
+    hosts.write_text("localhost:1\n127.0.0.1:1\n")
+    check(process, train, folder, tmp_path / "alone", ["1", "2"])

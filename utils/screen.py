@@ -9,8 +9,7 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Exit codes with a meaning; see utils/supervise.py.
-BAD_INPUT, FAILED, RUN_AGAIN = 2, 3, 75
+from utils.errors import BAD_INPUT, RUN_AGAIN
 
 # Seconds after which silence means that what has come of a line or a traceback is all of it.
 IDLE = 0.2

@@ -36,6 +36,7 @@ from typing import NamedTuple
 if __name__ == "__main__":  # started by its path: the project's folder must be found
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN
 from utils.processes import (
     descendants,
     end_descendants,
@@ -45,7 +46,7 @@ from utils.processes import (
     name_of,
     send,
 )
-from utils.screen import BAD_INPUT, FAILED, IDLE, RUN_AGAIN, Screen, root_cause
+from utils.screen import IDLE, Screen, root_cause
 from utils.watch import VARIABLE, Listener, Worker, is_stopped
 
 STDOUT, STDERR = 1, 2
