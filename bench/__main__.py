@@ -84,8 +84,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         help="worker processes of the plain script's DataLoader (default: 2)",
     )  # fmt: skip
     parser.add_argument(
-        "--scale", type=float, default=1.0, metavar="X",
-        help="factor on the images of each run; 0.1 for a quick look (default: 1)",
+        "--scale", type=float, metavar="X",
+        help="factor on the images of each run; 0.1 for a quick look (default: 1; for all what "
+        "this machine does in less than ten minutes)",
     )  # fmt: skip
     options = parser.parse_args(argv)
     for flag, value in (
@@ -95,7 +96,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     ):
         if value is not None and value < 1:
             raise UserError(f"{flag} {value}: give a whole number of 1 or more")
-    if not 0 < options.scale <= 4:
+    if options.scale is not None and not 0 < options.scale <= 4:
         raise UserError(f"--scale {options.scale:g}: give a number above 0 and up to 4")
     if options.models is not None:
         names = options.models.split(",")
@@ -105,13 +106,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def measure_all(options: argparse.Namespace) -> None:
     """Run the benchmarks; after each one print its table and write what there is so far."""
+    make_output(options.output)
+    scale = options.scale or (step.pace(options.threads) if options.name == "all" else 1.0)
     settings = Settings(
         options.dataset, options.data, options.rounds, options.models, options.threads,
-        options.loaders, options.scale,
+        options.loaders, scale,
     )  # fmt: skip
-    make_output(options.output)
     about = {**header(), "command": sys.argv, "settings": asdict(settings)}
-    print("\n".join(header_lines(about, settings.threads)))
+    print("\n".join(header_lines(about, settings.threads, scale)))
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}
     for name in BENCHMARKS if options.name == "all" else [options.name]:

@@ -80,7 +80,9 @@ def run(settings: Settings) -> Result:
         for name, found in fits.items()
     ]
     if "Horovod" in arms:
-        notes.append("Horovod agrees on each new tensor first, and wakes up once in a cycle (1 ms)")
+        notes.append(
+            "Horovod agrees on each new tensor first, and wakes up once in a cycle (5 ms on CPUs)"
+        )
 
     def draw(axes: Any) -> None:
         for number, (name, times) in enumerate(medians.items()):

@@ -194,7 +194,7 @@ def header() -> dict[str, Any]:
     }
 
 
-def header_lines(about: Mapping[str, Any], threads: int) -> list[str]:
+def header_lines(about: Mapping[str, Any], threads: int, scale: float = 1.0) -> list[str]:
     """The header as text."""
     devices = [f"{about['processor']}, {about['cores']} cores, {threads} threads", *about["gpus"]]
     limit = f", at most {about['isa_limit']}" if about["isa_limit"] else ""
@@ -204,6 +204,8 @@ def header_lines(about: Mapping[str, Any], threads: int) -> list[str]:
         f"torch {about['versions']['torch']}, oneDNN {about['onednn']}, {about['isa']}{limit}",
         "ratios: median (minimum - maximum) over pairs of neighbouring runs",
     ]
+    if scale != 1:
+        lines.append(f"images and turns: {scale:.2g} times the usual ones (--scale)")
     if about["load_average"] > 0.5:
         lines.append(
             f"warning: other work is running here (load {about['load_average']:.1f}); "

@@ -54,7 +54,7 @@ class Case:
 
 CASES = (
     Case("alexnet", 10_240, 2_048),
-    Case("alexnet", 5_120, 2_048, workers=2),
+    Case("alexnet", 2_560, 1_024, workers=2),
     Case("resnet20", 2_560, 512),
     Case("vgg19_bn", 256, 100),
 )

@@ -1,10 +1,17 @@
-"""Several workers: throughput, and where the time of a step goes."""
+"""Several workers: throughput, and where the time of a step goes.
+
+Every group of workers is a process each, started as the launcher does. Inside a group the ways of
+training take turns of a fraction of a second, so that a noisy neighbour slows all of them down:
+with all-reduce; without, but waiting for each other after each step; and each worker for itself.
+The module is also its own worker.
+"""
 
 import json
 import os
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -12,47 +19,110 @@ from typing import Any, NamedTuple
 
 import torch
 
-from bench.common import Ratio, Result, Settings, arm_environment, draw_ratios, measure, ratio
-from tools.arms import ROOT, SCRIPTS, engine_command, has_horovod
+from bench.common import (
+    Ratio,
+    Result,
+    Settings,
+    arm_environment,
+    draw_ratios,
+    measure,
+    ratio,
+    timed,
+)
+from bench.step import RATE, Loop
+from tools.arms import engine_class, engine_command, has_horovod
+from utils.allocator import keep_freed_memory
+from utils.comm import Comm
+from utils.engine import leave
+from utils.files import write_text
+from utils.memory_format import choose, lay_out
+from utils.optim import build_optimizer
+from utils.options import parse_args
 from utils.recipes import Recipe, find_recipe
+from utils.startup import build_model, make_reproducible
 
 BATCH = 128  # global
-IMAGES = {"alexnet": 2_560, "resnet20": 1_280}
-FEW = 512  # of any other model
-ROUNDS = 2
+MODELS = ("alexnet", "resnet20")
+ROUNDS = 2  # of the groups
+TURNS = 10  # of each way in a group
+TURN = 0.4  # seconds, and a step at least
+MANY = 50_000  # images of a run that is worth a trial of the memory format
 MOST = 4  # workers
 WITHOUT = {"alexnet": 0.88, "resnet20": 0.95}  # DDP over the same workers without all-reduce
 HOROVOD = {"alexnet": 0.90}  # Horovod over DDP
 
+# How the workers of a group train, as arguments of Loop.
+WAYS: dict[str, dict[str, bool]] = {
+    "all-reduce": {},
+    "waiting": {"exchange": False, "lockstep": True},
+    "apart": {"exchange": False},
+}
 
-class Arm(NamedTuple):
-    """A group of workers; with exchange off they train without all-reduce."""
+
+class Group(NamedTuple):
+    """Workers with an engine, and the threads of each."""
 
     engine: str
     workers: int
     threads: int = 1
-    exchange: bool = True
 
     def label(self) -> str:
         """For tables."""
         parts = ["one process" if self.engine == "serial" else f"{self.engine}, {self.workers}"]
         if self.threads > 1:
             parts.append(f"{self.threads} threads")
-        if not self.exchange:
-            parts.append("no all-reduce")
         return ", ".join(parts)
 
 
-def choose_arms(most: int, horovod: bool, gpus: int) -> list[Arm]:
-    """One process; every number of workers; on CPUs one process that has all their threads."""
-    arms = [Arm("serial", 1)]
+class Turns(NamedTuple):
+    """What a group has measured of a model.
+
+    Attributes:
+        images: of a turn, over all workers.
+        data: median seconds that a step of the first worker waits for its batch.
+        steps: of a turn.
+        seconds: of the turns of each way.
+    """
+
+    images: int
+    data: float
+    steps: int
+    seconds: dict[str, list[float]]
+
+    def speed(self) -> float:
+        """Images per second with all-reduce."""
+        return self.images / median(self.seconds["all-reduce"])
+
+    def kept(self) -> Ratio | None:
+        """The speed with all-reduce over that of workers that train apart."""
+        if "apart" not in self.seconds:
+            return None
+        return ratio(self.seconds["apart"], self.seconds["all-reduce"])
+
+    def shares(self) -> list[float]:
+        """Of a step with all-reduce: data, compute, waiting for the others, sending."""
+        whole, waiting, apart = (
+            median(self.seconds.get(way, self.seconds["all-reduce"])) for way in WAYS
+        )
+        apart, waiting = min(apart, whole), min(max(waiting, apart), whole)
+        data = self.data * self.steps
+        return [part / whole for part in (data, apart - data, waiting - apart, whole - waiting)]
+
+
+# What the groups have found: by model, by group, round by round.
+Found = Mapping[str, Mapping[Group, Sequence[Turns]]]
+
+
+def choose_groups(most: int, horovod: bool, gpus: int) -> list[Group]:
+    """One process; on CPUs one that has all their threads; every number of workers."""
+    groups = [Group("serial", 1)]
     if most > 1 and not gpus:
-        arms.append(Arm("serial", 1, threads=most))
+        groups.append(Group("serial", 1, threads=most))
     for workers in (n for n in (2, 3, 4) if n <= most):
-        arms += [Arm("dist", workers), Arm("dist", workers, exchange=False)]
+        groups.append(Group("dist", workers))
         if horovod:
-            arms.append(Arm("horovod", workers))
-    return arms
+            groups.append(Group("horovod", workers))
+    return groups
 
 
 def run(settings: Settings) -> Result:
@@ -60,131 +130,160 @@ def run(settings: Settings) -> Result:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = gpus if gpus > 1 else 0  # one GPU scales to nothing: measure the processor
     most = min(gpus or len(os.sched_getaffinity(0)), MOST)
-    arms = choose_arms(most, has_horovod(), gpus)
-    raw: dict[str, Any] = {}
-    for name in settings.models or IMAGES:
-        recipe = find_recipe(name)
-        raw[recipe.name] = measure_model(recipe, arms, gpus > 0, settings)
-
-    rows = [("model", "arm", "images/s", "data", "compute", "communication", "of no all-reduce",
-             "target", "of dist", "target")]  # fmt: skip
-    notes = [
-        f"global batch {BATCH}, one thread a worker unless said otherwise; communication: what "
-        "the same workers save without all-reduce; of no all-reduce: the speed that is left"
-    ]
-    ratios: dict[str, Ratio] = {}
-    targets = {}
-    for name, traces in raw.items():
-        for arm in arms:
-            kept = kept_speed(arm, traces)
-            against = speed_ratio(arm, arm._replace(engine="dist"), traces)
-            wanted = WITHOUT.get(name) if arm.engine == "dist" and arm.exchange else None
-            of_dist = HOROVOD.get(name) if arm.engine == "horovod" else None
-            if kept:
-                ratios[f"{name}, {arm.label()}"] = kept
-                if wanted:
-                    targets[f"{name}, {arm.label()}"] = wanted
-            rows.append(
-                (
-                    name,
-                    arm.label(),
-                    f"{median(speeds(traces[arm.label()])):,.0f}",
-                    *split(arm, traces),
-                    kept.percent() if kept else "-",
-                    f">= {wanted:.0%}" if wanted else "-",
-                    against.percent() if against and arm.engine == "horovod" else "-",
-                    f">= {of_dist:.0%}" if of_dist else "-",
-                )
-            )
-        notes += verdict(name, arms, traces)
+    models = [find_recipe(name).name for name in settings.models or MODELS]
+    groups = choose_groups(most, has_horovod(), gpus)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "turns.json")
+        actions = {
+            group.label(): partial(_group, group, models, gpus > 0, path, settings)
+            for group in groups
+        }
+        raw = measure(actions, settings.rounds or ROUNDS)
+    found = {
+        name: {group: [Turns(*one[name]) for one in raw[group.label()]] for group in groups}
+        for name in models
+    }
+    rows, ratios, targets = table(found)
     return Result(
         f"scaling: up to {most} workers on {'GPUs' if gpus else 'cores'}",
         rows,
-        notes,
+        [
+            f"global batch {BATCH}, one thread a worker unless said otherwise; waiting: for the "
+            "slowest worker, without sending anything; apart: the same workers each for itself",
+            *(line for name in models for line in verdict(name, found[name])),
+        ],
         raw,
-        lambda axes: draw_ratios(axes, ratios, targets, "speed / that without all-reduce"),
+        lambda axes: draw_ratios(axes, ratios, targets, "speed / that of workers apart"),
     )
 
 
-def measure_model(
-    recipe: Recipe, arms: list[Arm], on_gpus: bool, settings: Settings
-) -> dict[str, list[Any]]:
-    """The trace of every run, by the arm's label."""
-    images = settings.images(IMAGES.get(recipe.name, FEW), 4 * BATCH)
-    with tempfile.TemporaryDirectory() as folder:
-        actions = {
-            arm.label(): partial(_trace, arm, recipe, images, on_gpus, Path(folder), settings)
-            for arm in arms
-        }
-        return measure(actions, settings.rounds or ROUNDS)
-
-
-def _trace(
-    arm: Arm, recipe: Recipe, images: int, on_gpus: bool, folder: Path, settings: Settings
+def _group(
+    group: Group, models: Sequence[str], on_gpus: bool, path: Path, settings: Settings
 ) -> dict[str, Any]:
-    print(f"-- scaling: {recipe.name}, {arm.label()}", flush=True)
-    trace = folder / "trace.json"
-    flags = [
-        *recipe.flags, "-d", settings.dataset, "--data", settings.data, "--epochs", "1",
-        "--train-batch", str(BATCH), "--train-size", str(images), "--test-size", "100",
-        "--lr", "0.01", "-c", str(folder / "run"), "--overwrite", "--trace", str(trace),
-    ]  # fmt: skip
-    if not arm.exchange:
-        flags.append("--no-exchange")
-    command = engine_command(arm.engine, arm.workers, str(ROOT / SCRIPTS[arm.engine]), *flags)
+    """The turns of every model, as the first worker has timed them."""
+    print(f"-- scaling: {group.label()}", flush=True)
+    script = "cifar_horovod" if group.engine == "horovod" else "cifar"
+    worker = ["-m", "bench.scaling", script, str(path), str(settings.scale), ",".join(models)]
     hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
-        command, env=arm_environment(arm.threads, **hidden), check=True, stdout=subprocess.DEVNULL
+        engine_command(group.engine, group.workers, *worker),
+        env=arm_environment(group.threads, **hidden),
+        check=True,
+        stdout=subprocess.DEVNULL,
     )
-    return json.loads(trace.read_text())
+    return json.loads(path.read_text())
 
 
-def step_seconds(trace: Mapping[str, Any]) -> tuple[float, float]:
-    """Median seconds of a step for data and for the rest, the first step left out.
-
-    The first one pays for memory and connections.
-    """
-    return median(trace["data_seconds"][1:]), median(trace["compute_seconds"][1:])
-
-
-def speeds(traces: list[Any]) -> list[float]:
-    """Images per second of each run, over all its workers."""
-    return [trace["global_batch"][0] / sum(step_seconds(trace)) for trace in traces]
+def work(script: str, path: Path, scale: float, models: Iterable[str]) -> None:
+    """What a worker does."""
+    comm = engine_class(script)()
+    if comm.device.type == "cpu":
+        keep_freed_memory()
+    found = {name: measure_model(find_recipe(name), comm, scale) for name in models}
+    if comm.is_main:
+        write_text(path, json.dumps(found))
+    comm.close()
 
 
-def speed_ratio(arm: Arm, other: Arm, traces: Mapping[str, list[Any]]) -> Ratio | None:
-    """The arm's speed over the other's; None where the other has not run, or is the same."""
-    if arm == other or other.label() not in traces:
+def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
+    """Let the ways of training take turns."""
+    ways = WAYS if comm.size > 1 else {"all-reduce": {}}
+    loops = {way: _loop(recipe, comm, kinds) for way, kinds in ways.items()}
+    for loop in loops.values():
+        loop.train(2)  # pays for memory and connections; DDP then chooses other buckets
+    once = timed(partial(loops["all-reduce"].train, 1), comm.device)
+    steps = comm.max_(max(1, round(TURN * scale / once)))
+
+    def turn(loop: Loop) -> float:
+        comm.barrier()
+        return timed(partial(loop.train, steps), comm.device)
+
+    seconds = measure({way: partial(turn, loop) for way, loop in loops.items()}, TURNS)
+    for loop in loops.values():
+        loop.close()
+    return Turns(steps * BATCH, median(loops["all-reduce"].times.data), steps, seconds)
+
+
+def _loop(recipe: Recipe, comm: Comm, kinds: Mapping[str, bool]) -> Loop:
+    """A way of training, with the memory format that a long run would have."""
+    options = parse_args(recipe.flags)
+    make_reproducible(0, deterministic=False)
+    model = build_model(options, 10).to(comm.device)
+    memory_format = choose(recipe.name, model, MANY, "off", comm)
+    lay_out(model, (), memory_format, comm)
+    optimizer = build_optimizer(model, RATE, options.momentum, options.weight_decay, False)
+    loop = Loop(comm, model, optimizer, BATCH, **kinds)
+    lay_out(model, (loop.images,), memory_format, comm)
+    return loop
+
+
+def table(
+    found: Found,
+) -> tuple[list[tuple[str, ...]], dict[str, Ratio], dict[str, float]]:
+    """Rows, and for the plot the speeds over those of workers apart, with their targets."""
+    rows: list[tuple[str, ...]] = [
+        ("model", "group", "images/s", "data", "compute", "waiting", "sending",
+         "of apart", "target", "of dist", "target")
+    ]  # fmt: skip
+    ratios: dict[str, Ratio] = {}
+    targets: dict[str, float] = {}
+    for name, groups in found.items():
+        for group, rounds in groups.items():
+            label = f"{name}, {group.label()}"
+            kept = together([turns.kept() for turns in rounds])
+            dist = groups.get(group._replace(engine="dist"))
+            against, of_dist = None, None
+            if group.engine == "horovod" and dist:
+                against = ratio([t.speed() for t in rounds], [t.speed() for t in dist])
+                of_dist = HOROVOD.get(name)
+            wanted = WITHOUT.get(name) if group.engine == "dist" else None
+            if kept:
+                ratios[label] = kept
+                if wanted:
+                    targets[label] = wanted
+            parts = zip(*(turns.shares() for turns in rounds), strict=True)
+            rows.append(
+                (
+                    name,
+                    group.label(),
+                    f"{median(turns.speed() for turns in rounds):,.0f}",
+                    *(f"{median(part):.0%}" for part in parts),
+                    kept.percent() if kept else "-",
+                    f">= {wanted:.0%}" if wanted else "-",
+                    against.percent() if against else "-",
+                    f">= {of_dist:.0%}" if of_dist else "-",
+                )
+            )
+    return rows, ratios, targets
+
+
+def together(ratios: Iterable[Ratio | None]) -> Ratio | None:
+    """The rounds' ratios as one: median of their medians, the least and the most of all turns."""
+    known = [one for one in ratios if one]
+    if not known:
         return None
-    return ratio(speeds(traces[arm.label()]), speeds(traces[other.label()]))
+    return Ratio(
+        median(one.median for one in known),
+        min(one.least for one in known),
+        max(one.most for one in known),
+    )
 
 
-def kept_speed(arm: Arm, traces: Mapping[str, list[Any]]) -> Ratio | None:
-    """The arm's speed over that of the same workers without all-reduce."""
-    return speed_ratio(arm, arm._replace(engine="dist", exchange=False), traces)
-
-
-def split(arm: Arm, traces: Mapping[str, list[Any]]) -> tuple[str, str, str]:
-    """Shares of a step: data, compute, exposed communication."""
-    own = traces[arm.label()]
-    apart = traces.get(arm._replace(engine="dist", exchange=False).label(), own)
-    shares = []
-    for trace, other in zip(own, apart, strict=True):
-        data, compute = step_seconds(trace)
-        alone = min(compute, step_seconds(other)[1])
-        shares.append([part / (data + compute) for part in (data, alone, compute - alone)])
-    middle = [f"{median(parts):.0%}" for parts in zip(*shares, strict=True)]
-    return middle[0], middle[1], middle[2]
-
-
-def verdict(name: str, arms: list[Arm], traces: Mapping[str, list[Any]]) -> list[str]:
+def verdict(name: str, groups: Mapping[Group, Sequence[Turns]]) -> list[str]:
     """Whether the largest group of DDP workers beats one process that has as many threads."""
-    most = max(arm.workers for arm in arms)
+    most = max(group.workers for group in groups)
     if most == 1:
         return ["one core: nothing to scale"]
-    together = Arm("dist", most)
-    alone = max((arm for arm in arms if arm.workers == 1), key=lambda arm: arm.threads)
-    gain = speed_ratio(together, alone, traces)
-    assert gain is not None
+    alone = max((group for group in groups if group.workers == 1), key=lambda g: g.threads)
+    gain = ratio(
+        [turns.speed() for turns in groups[Group("dist", most)]],
+        [turns.speed() for turns in groups[alone]],
+    )
     pays = "more workers pay" if gain.median > 1 else "more workers do not pay"
     return [f"{name}: {most} workers are {gain} times as fast as {alone.label()}: {pays} here"]
+
+
+if __name__ == "__main__":
+    # The launcher may put --local-rank before them.
+    work(sys.argv[-4], Path(sys.argv[-3]), float(sys.argv[-2]), sys.argv[-1].split(","))
+    leave(0)

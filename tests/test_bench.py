@@ -63,31 +63,53 @@ def test_latency_and_bandwidth_are_found_again():
     assert allreduce.repeats(2**26, 0.1) == 3
 
 
-def trace(data, compute):
-    return {"global_batch": [100] * 3, "data_seconds": [9, data, data],
-            "compute_seconds": [9, compute, compute]}  # fmt: skip
+def turns(*seconds):
+    """Two turns of two steps of 100 images: with all-reduce, waiting, apart."""
+    ways = dict(zip(scaling.WAYS, ([s, s] for s in seconds), strict=False))
+    return scaling.Turns(images=200, data=0.05, steps=2, seconds=ways)
 
 
 def test_scaling_splits_a_step_and_says_what_pays():
-    arms = scaling.choose_arms(2, horovod=True, gpus=0)
-    labels = [arm.label() for arm in arms]
-    assert labels == ["one process", "one process, 2 threads", "dist, 2",
-                      "dist, 2, no all-reduce", "horovod, 2"]  # fmt: skip
-    times = [(0.1, 0.9), (0.1, 0.4), (0.1, 0.9), (0.1, 0.4), (0.2, 0.8)]
-    traces = {label: [trace(*time)] * 2 for label, time in zip(labels, times, strict=True)}
-    assert scaling.speeds(traces["one process"]) == pytest.approx([100, 100])
-    assert scaling.kept_speed(arms[0], traces) is None
-    assert scaling.kept_speed(arms[2], traces).median == pytest.approx(0.5)
-    assert scaling.split(arms[2], traces) == ("10%", "40%", "50%")
-    assert scaling.split(arms[0], traces) == ("10%", "90%", "0%")
-    (line,) = scaling.verdict("alexnet", arms, traces)
+    groups = scaling.choose_groups(2, horovod=True, gpus=0)
+    labels = [group.label() for group in groups]
+    assert labels == ["one process", "one process, 2 threads", "dist, 2", "horovod, 2"]
+    found = [turns(2.0), turns(1.0), turns(2.0, 1.5, 1.0), turns(4.0, 1.0, 2.0)]
+    rounds = {group: [one] * 2 for group, one in zip(groups, found, strict=True)}
+    rows, ratios, targets = scaling.table({"alexnet": rounds})
+    cells = [row[2:7] for row in rows[1:]]
+    assert cells == [
+        ("100", "5%", "95%", "0%", "0%"),
+        ("200", "10%", "90%", "0%", "0%"),
+        ("100", "5%", "45%", "25%", "25%"),
+        ("50", "2%", "48%", "0%", "50%"),  # noise: it waits less than workers apart take
+    ]
+    assert [row[7] for row in rows[1:]] == ["-", "-", "50% (50% - 50%)", "50% (50% - 50%)"]
+    assert [row[9] for row in rows[1:]] == ["-", "-", "-", "50% (50% - 50%)"]
+    assert ratios["alexnet, dist, 2"].median == pytest.approx(0.5)
+    assert targets == {"alexnet, dist, 2": 0.88}
+    (line,) = scaling.verdict("alexnet", rounds)
     assert "2 workers are 0.50 (0.50 - 0.50) times as fast as one process, 2 threads" in line
     assert "more workers do not pay" in line
-    on_gpus = scaling.choose_arms(4, horovod=False, gpus=4)
-    assert [arm.workers for arm in on_gpus] == [1, 2, 2, 3, 3, 4, 4]
-    assert scaling.verdict("alexnet", scaling.choose_arms(1, True, 0), {}) == [
-        "one core: nothing to scale"
-    ]
+
+
+def test_scaling_measures_what_the_machine_has():
+    on_gpus = scaling.choose_groups(4, horovod=False, gpus=4)
+    assert [group.workers for group in on_gpus] == [1, 2, 3, 4]
+    (one,) = scaling.choose_groups(1, horovod=False, gpus=0)
+    assert scaling.verdict("alexnet", {one: []}) == ["one core: nothing to scale"]
+
+
+def test_the_scaling_benchmark_yields_finite_numbers():
+    """Real workers, and every way of training."""
+    tiny = Settings(models=("resnet20",), rounds=1, scale=0.02)
+    result = scaling.run(tiny)
+    for groups in result.raw.values():
+        (found,) = (scaling.Turns(*one["resnet20"]) for one in groups)
+        assert all(0 < t < math.inf for times in found.seconds.values() for t in times)
+        assert {len(times) for times in found.seconds.values()} == {scaling.TURNS}
+        assert found.images == found.steps * scaling.BATCH
+        assert sum(found.shares()) == pytest.approx(1)
+    assert set(scaling.Turns(*result.raw["dist, 2"][0]["resnet20"]).seconds) == set(scaling.WAYS)
 
 
 def test_an_epoch_process_is_timed_by_its_lines(tmp_path):
@@ -114,7 +136,8 @@ def test_the_loader_benchmark_yields_finite_numbers():
 def test_the_step_benchmark_yields_finite_numbers():
     recipe = Recipe("tiny", ("-a", "resnet", "--depth", "8"), 0, "-", "-")
     numbers = step.measure_model(recipe, TINY)
-    assert set(numbers["seconds"]) == {"loop", "floor", "channels-last floor"}
+    floors = {"floor", "channels-last floor", "giving floor"}
+    assert set(numbers["seconds"]) == {"loop", *floors}
     assert all(0 < t < math.inf for times in numbers["seconds"].values() for t in times)
 
 

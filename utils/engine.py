@@ -20,6 +20,7 @@ import torch
 from models import model_arguments
 from utils import checkpoint, order
 from utils.agreement import check_agreement, code, contents, flags
+from utils.allocator import keep_freed_memory
 from utils.comm import Comm, Exchange
 from utils.confusion import Confusion
 from utils.console import open_streams
@@ -196,6 +197,8 @@ def run(
     train_set, valid_set, test_set = build_sets(data, options, comm)
     batch = global_batch(options, comm.size, len(train_set))
 
+    if comm.device.type == "cpu":
+        keep_freed_memory()
     model = build_model(options, len(data.classes)).to(comm.device, train_set.scale.dtype)
     memory_format = memory_format_for(model, options, saved, len(train_set), comm)
     lay_out(model, (train_set, valid_set, test_set), memory_format, comm)

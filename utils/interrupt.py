@@ -1,7 +1,7 @@
 """Signals that ask a run to stop or to save, and how all workers come to agree on them."""
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
 
 from utils.comm import Comm
@@ -24,13 +24,16 @@ class Interrupt:
 
     Args:
         comm: the engine.
+        signals: to take up.
     """
 
-    def __init__(self, comm: Comm) -> None:
+    def __init__(
+        self, comm: Comm, signals: Sequence[signal.Signals] = (*_STOPPING, *_SAVING)
+    ) -> None:
         self.comm = comm
         self._own = NOTHING
         self._agreed: Callable[[], int] | None = None
-        for number in (*_STOPPING, *_SAVING):
+        for number in signals:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _: FrameType | None) -> None:
