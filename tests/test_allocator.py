@@ -42,6 +42,5 @@ def test_another_c_library_is_left_alone(monkeypatch):
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="glibc is Linux's C library")
-def test_it_can_be_turned_off_again():
+def test_glibc_takes_the_settings():
     assert allocator.keep_freed_memory()
-    assert allocator.keep_freed_memory(False)

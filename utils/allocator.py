@@ -10,19 +10,18 @@ into (densenet_bc_190_40 took five times the memory).
 import ctypes
 import os
 
-# Parameters of mallopt, from malloc.h.
+# Parameters of mallopt, from malloc.h: free memory at the end of the heap is never given back, it
+# grows by 64 MiB, and larger blocks than 32 MiB, the most that glibc takes here, are no part of it.
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3
-
 _KEEPING = {_TRIM_THRESHOLD: -1, _TOP_PAD: 64 << 20, _MMAP_THRESHOLD: 32 << 20}
-# What glibc adapts itself to at most when large tensors come and go.
-_GIVING_BACK = {_TRIM_THRESHOLD: 64 << 20, _TOP_PAD: 128 << 10, _MMAP_THRESHOLD: 32 << 20}
+
 _VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_"
 )  # fmt: skip
 
 
-def keep_freed_memory(keep: bool = True) -> bool:
-    """Have the allocator keep freed memory for the next tensors, or give it back again.
+def keep_freed_memory() -> bool:
+    """Have the allocator keep freed memory for the next tensors.
 
     Nothing happens where the user has chosen by one of glibc's variables (MALLOC_TRIM_THRESHOLD_
     and the like, GLIBC_TUNABLES), or where the C library is another.
@@ -34,4 +33,4 @@ def keep_freed_memory(keep: bool = True) -> bool:
     chosen = any(name in os.environ for name in _VARIABLES)
     if mallopt is None or chosen or "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", ""):
         return False
-    return all(mallopt(*setting) for setting in (_KEEPING if keep else _GIVING_BACK).items())
+    return all(mallopt(*setting) for setting in _KEEPING.items())
