@@ -107,12 +107,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def measure_all(options: argparse.Namespace) -> None:
     """Run the benchmarks; after each one print its table and write what there is so far."""
     make_output(options.output)
+    found = header()
     scale = options.scale or (step.pace(options.threads) if options.name == "all" else 1.0)
     settings = Settings(
         options.dataset, options.data, options.rounds, options.models, options.threads,
         options.loaders, scale,
     )  # fmt: skip
-    about = {**header(), "command": sys.argv, "settings": asdict(settings)}
+    about = {**found, "command": sys.argv, "settings": asdict(settings)}
     print("\n".join(header_lines(about, settings.threads, scale)))
     results: dict[str, Result] = {}
     seconds: dict[str, float] = {}

@@ -9,22 +9,24 @@ from conftest import environment
 from utils import allocator
 
 FLAGS = [
-    "-a", "alexnet", "-d", "synthetic10", "--train-size", "2560", "--test-size", "100",
-    "--epochs", "1", "--lr", "0.01", "--memory-format", "contiguous",
+    "-a", "resnet", "--depth", "8", "-d", "synthetic10", "--train-size", "640", "--epochs", "1",
+    "--test-size", "100", "--lr", "0.01", "--memory-format", "contiguous",
 ]  # fmt: skip
+PLAIN = {"GLIBC_TUNABLES": "glibc.malloc.arena_test=8"}  # glibc's own default
 
 
 def test_a_run_has_fewer_page_faults_and_the_same_numbers(run_script, tmp_path):
     faults, logs = {}, {}
-    for name, changes in (("keeps", {}), ("gives back", {"MALLOC_TRIM_THRESHOLD_": "131072"})):
+    for name, changes in (("keeps", {}), ("gives back", PLAIN)):
         before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt
         result = run_script([*FLAGS, "-c", str(tmp_path / name)], env=environment(**changes))
         assert result.returncode == 0, result.stderr
         faults[name] = resource.getrusage(resource.RUSAGE_CHILDREN).ru_minflt - before
         logs[name] = (tmp_path / name / "log.txt").read_bytes()
     assert logs["keeps"] == logs["gives back"]
-    # Twenty steps whose tensors take more than 8 MB, which are 2,000 pages.
-    assert faults["gives back"] - faults["keeps"] > 20 * 2000
+    # Imports cost 170,000. Five steps whose activations take 80 MB, which are 20,000 pages each,
+    # cost nothing more, or 30,000 to 110,000: that depends on what else is at the end of the heap.
+    assert faults["gives back"] - faults["keeps"] > 10_000, faults
 
 
 @pytest.mark.parametrize(

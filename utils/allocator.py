@@ -1,10 +1,10 @@
 """Whether the C allocator keeps the memory of freed tensors or gives it back to the system.
 
-On a CPU every step allocates and frees the same memory again. glibc gives it back to the kernel,
-which clears each page before it hands it out anew: tens of thousands of page faults a step, a tenth
-of the time of many networks and half of that of the deepest. Here blocks of up to 32 MiB are kept.
-Larger ones, of the wide networks, still come and go: they would leave holes that nothing else fits
-into (densenet_bc_190_40 took five times the memory).
+On a CPU every step allocates and frees the same memory again. glibc gives what is free at the end
+of its heap back to the kernel, which clears each page before it hands it out anew: up to 50,000
+page faults a step. Here the heap is kept. Blocks above 32 MiB, of the wide networks, are no
+part of it and still come and go: inside it they would leave holes that nothing else fits into
+(densenet_bc_190_40 took five times the memory).
 """
 
 import ctypes
