@@ -46,6 +46,7 @@ MODELS = ("alexnet", "resnet20")
 ROUNDS = 2  # of the groups
 TURNS = 10  # of each way in a group
 TURN = 0.4  # seconds, and a step at least
+LONGEST = 15.0  # seconds for all turns of a model in a group; slow steps get fewer turns, but two
 MANY = 50_000  # images of a run that is worth a trial of the memory format
 MOST = 4  # workers
 WITHOUT = {"alexnet": 0.88, "resnet20": 0.95}  # DDP over the same workers without all-reduce
@@ -193,12 +194,14 @@ def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
         loop.train(2)  # pays for memory and connections; DDP then chooses other buckets
     once = timed(partial(loops["all-reduce"].train, 1), comm.device)
     steps = comm.max_(max(1, round(TURN * scale / once)))
+    affordable = int(LONGEST / (len(loops) * steps * once))
+    turns = comm.max_(max(2, min(TURNS, affordable)))
 
     def turn(loop: Loop) -> float:
         comm.barrier()
         return timed(partial(loop.train, steps), comm.device)
 
-    seconds = measure({way: partial(turn, loop) for way, loop in loops.items()}, TURNS)
+    seconds = measure({way: partial(turn, loop) for way, loop in loops.items()}, turns)
     for loop in loops.values():
         loop.close()
     return Turns(steps * BATCH, median(loops["all-reduce"].times.data), steps, seconds)

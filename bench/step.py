@@ -38,8 +38,8 @@ SMALL, LARGE = 4, 128  # any other network's on a CPU, and all networks' on a GP
 TARGETS = {"alexnet": 0.95, "resnet20": 0.97}
 ROUNDS = 20
 TURN = 0.6  # seconds that an arm trains at a time, and a step at least
-MOST = (6.0, 20.0)  # seconds for all turns of a model, and of one that has a target; two rounds at
-# least
+# Seconds for all turns of a model, without and with a target. It gets two rounds at least.
+MOST = (6.0, 20.0)
 FAST = 1_800  # images a second of alexnet of a machine that can afford all benchmarks as they are
 DIFFERENT = 8  # batches that a loop has images for
 RATE = 1e-3  # small: a network that diverges computes with other numbers, at another speed

@@ -106,7 +106,8 @@ def test_the_scaling_benchmark_yields_finite_numbers():
     for groups in result.raw.values():
         (found,) = (scaling.Turns(*one["resnet20"]) for one in groups)
         assert all(0 < t < math.inf for times in found.seconds.values() for t in times)
-        assert {len(times) for times in found.seconds.values()} == {scaling.TURNS}
+        (count,) = {len(times) for times in found.seconds.values()}
+        assert 2 <= count <= scaling.TURNS
         assert found.images == found.steps * scaling.BATCH
         assert sum(found.shares()) == pytest.approx(1)
     assert set(scaling.Turns(*result.raw["dist, 2"][0]["resnet20"]).seconds) == set(scaling.WAYS)
