@@ -10,13 +10,16 @@ program itself is utils/engine.py, shared with cifar.py.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 # Read by hvd.init. The response cache must hold every tensor of a model, or each step negotiates
 # them anew: ResNet-1202 has 3,611 parameters, the default is 1,024. Elastic workers go without: a
 # worker that stays keeps its cache, one that comes has none, and they would fuse tensors otherwise.
 os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0" if "HOROVOD_ELASTIC" in os.environ else "8192")
+# Gradients travel in the groups below and in no others, so that three or more workers add them up
+# in the same order in every run.
+os.environ.setdefault("HOROVOD_DISABLE_GROUP_FUSION", "1")
 
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # not there under PYTHONSAFEPATH
 
@@ -34,6 +37,9 @@ try:
 except ImportError:
     print("error: Horovod is not installed here; ./setup.sh --horovod builds it", file=sys.stderr)
     sys.exit(BAD_INPUT)
+
+# Gradients are sent when so many bytes of them are there: as DistributedDataParallel does it.
+GROUP_BYTES = 25 << 20
 
 
 def check_environment() -> None:
@@ -60,6 +66,19 @@ def _name(kind: str, tensor: Tensor) -> str:
     not start together.
     """
     return f"{kind} {tensor.dtype} {tuple(tensor.shape)}"
+
+
+def in_groups(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
+    """Parameters whose gradients are sent together, the last layers' first: see GROUP_BYTES."""
+    groups: list[list[Tensor]] = []
+    room = 0
+    for parameter in reversed(list(parameters)):
+        if room < parameter.nbytes:
+            groups.append([])
+            room = GROUP_BYTES
+        groups[-1].append(parameter)
+        room -= parameter.nbytes
+    return groups
 
 
 class HorovodComm(Comm):
@@ -138,6 +157,7 @@ class HorovodComm(Comm):
             compression=getattr(hvd.Compression, exchange.compression),
             backward_passes_per_step=exchange.passes,
             op=hvd.Adasum if exchange.adasum else hvd.Average,
+            groups=None if exchange.adasum else in_groups(model.parameters()),
         )
         return model, optimizer
 
