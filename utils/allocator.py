@@ -4,7 +4,7 @@ On a CPU every step allocates and frees the same memory again. glibc gives what 
 of its heap back to the kernel, which clears each page before it hands it out anew: up to 50,000
 page faults a step. Here the heap is kept. Blocks above 32 MiB, of the wide networks, are no
 part of it and still come and go: inside it they would leave holes that nothing else fits into
-(densenet_bc_190_40 took five times the memory).
+(densenet_bc_190_40 took three times the memory).
 """
 
 import ctypes
