@@ -309,7 +309,8 @@ class TestRestarts:
         assert len(files) == 51
         counts = [int(count) for count in files]
         assert max(counts) - min(counts) < 5  # the pipe that reports a failed start comes and goes
-        assert len(set(threads)) == 1
+        # The one that reads the output may not have begun when the job looks.
+        assert set(threads) <= {"Threads:\t1", "Threads:\t2"}
         assert list(temporary.iterdir()) == []
 
     def test_what_an_outer_supervisor_has_said_is_not_passed_on(self, script):
