@@ -23,14 +23,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch
 
-from bench.common import (
-    Result,
-    arm_environment,
-    header,
-    header_lines,
-    ratio,
-    timed,
-)
+from bench.common import Result, arm_environment, header, header_lines, ratio, timed
 from bench.gpu_worker import TEST, TRAIN
 from utils.errors import UserError, command
 from utils.files import make_output, write_text

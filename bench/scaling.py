@@ -29,17 +29,13 @@ from bench.common import (
     ratio,
     timed,
 )
-from bench.step import RATE, Loop
+from bench.step import Loop, network
 from tools.arms import engine_class, engine_command, has_horovod
-from utils.allocator import keep_freed_memory
 from utils.comm import Comm
 from utils.engine import leave
 from utils.files import write_text
-from utils.memory_format import choose, lay_out
-from utils.optim import build_optimizer
-from utils.options import parse_args
+from utils.memory_format import choose
 from utils.recipes import Recipe, find_recipe
-from utils.startup import build_model, make_reproducible
 
 BATCH = 128  # global
 MODELS = ("alexnet", "resnet20")
@@ -178,8 +174,6 @@ def _group(
 def work(script: str, path: Path, scale: float, models: Iterable[str]) -> None:
     """What a worker does."""
     comm = engine_class(script)()
-    if comm.device.type == "cpu":
-        keep_freed_memory()
     found = {name: measure_model(find_recipe(name), comm, scale) for name in models}
     if comm.is_main:
         write_text(path, json.dumps(found))
@@ -187,9 +181,13 @@ def work(script: str, path: Path, scale: float, models: Iterable[str]) -> None:
 
 
 def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
-    """Let the ways of training take turns."""
+    """Let the ways of training take turns, in the memory format that a long run would have."""
     ways = WAYS if comm.size > 1 else {"all-reduce": {}}
-    loops = {way: _loop(recipe, comm, kinds) for way, kinds in ways.items()}
+    memory_format = choose(recipe.name, network(recipe, comm.device)[0], MANY, "off", comm)
+    loops = {}
+    for way, kinds in ways.items():
+        model, optimizer = network(recipe, comm.device)
+        loops[way] = Loop(comm, model, optimizer, BATCH, memory_format, **kinds)
     for loop in loops.values():
         loop.train(2)  # pays for memory and connections; DDP then chooses other buckets
     once = timed(partial(loops["all-reduce"].train, 1), comm.device)
@@ -205,19 +203,6 @@ def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
     for loop in loops.values():
         loop.close()
     return Turns(steps * BATCH, median(loops["all-reduce"].times.data), steps, seconds)
-
-
-def _loop(recipe: Recipe, comm: Comm, kinds: Mapping[str, bool]) -> Loop:
-    """A way of training, with the memory format that a long run would have."""
-    options = parse_args(recipe.flags)
-    make_reproducible(0, deterministic=False)
-    model = build_model(options, 10).to(comm.device)
-    memory_format = choose(recipe.name, model, MANY, "off", comm)
-    lay_out(model, (), memory_format, comm)
-    optimizer = build_optimizer(model, RATE, options.momentum, options.weight_decay, False)
-    loop = Loop(comm, model, optimizer, BATCH, **kinds)
-    lay_out(model, (loop.images,), memory_format, comm)
-    return loop
 
 
 def table(

@@ -19,6 +19,7 @@ from utils.allocator import keep_freed_memory
 from utils.augment import ImageSet
 from utils.comm import Comm, Exchange, pick_device
 from utils.interrupt import Interrupt
+from utils.memory_format import lay_out
 from utils.metrics import Meter
 from utils.optim import build_optimizer
 from utils.options import parse_args
@@ -52,6 +53,7 @@ class Loop:
         comm: the engine.
         model, optimizer: not wrapped.
         batch: images of a step, over all workers.
+        memory_format: of the images, and of the network where the engine can send that.
         exchange: average the gradients; without, the workers train apart.
         lockstep: let the workers wait for each other after each step.
     """
@@ -62,6 +64,7 @@ class Loop:
         model: nn.Module,
         optimizer: Optimizer,
         batch: int,
+        memory_format: str = "contiguous",
         exchange: bool = True,
         lockstep: bool = False,
     ) -> None:
@@ -72,6 +75,7 @@ class Loop:
         self.meter = Meter(comm.device)
         self.times = StepTimes()
         self.interrupt = Interrupt(comm, ())  # a benchmark does not save
+        lay_out(model, (self.images,), memory_format, comm)
         wrapped = model
         if exchange:
             wrapped, optimizer = comm.wrap(model, optimizer, Exchange())
@@ -144,13 +148,17 @@ def synthetic_set(count: int, pad: int, device: torch.device) -> ImageSet:
 
 def bare_loop(recipe: Recipe, batch: int, device: torch.device) -> Bare:
     """The floor of a recipe."""
+    return Bare(*network(recipe, device), *constant_batch(batch, device))
+
+
+def network(recipe: Recipe, device: torch.device) -> tuple[nn.Module, Optimizer]:
+    """The network of a recipe and its optimizer, in a process that is set up as for training."""
     options = parse_args(recipe.flags)
     make_reproducible(0, deterministic=False)
     if device.type == "cpu":
         keep_freed_memory()
     model = build_model(options, 10).to(device)
-    optimizer = build_optimizer(model, RATE, options.momentum, options.weight_decay, False)
-    return Bare(model, optimizer, *constant_batch(batch, device))
+    return model, build_optimizer(model, RATE, options.momentum, options.weight_decay, False)
 
 
 def pace(threads: int) -> float:

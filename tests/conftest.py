@@ -31,7 +31,7 @@ def environment(**changes) -> dict[str, str]:
 
 
 def run(command, *, env=None, cwd=ROOT, timeout=100) -> subprocess.CompletedProcess:
-    """Run a command in a session of its own; at the time limit all of it is killed."""
+    """Run a command after setsid; at the time limit all of it is killed."""
     before = marked_processes()
     process = subprocess.Popen(
         [str(word) for word in command],

@@ -280,7 +280,7 @@ class TestRestarts:
         assert (result.returncode, result.stdout) == (code, "started\n")
 
     def test_no_process_of_the_failed_attempt_is_left_when_the_next_begins(self, script):
-        """Even if it is in a session of its own and ignores SIGTERM."""
+        """Even if it has called setsid and ignores SIGTERM."""
         path = script(
             STUBBORN + "if 'CIFAR_RESTARTS' in os.environ:\n    print('again', flush=True)\n"
             "    sys.exit()\n"

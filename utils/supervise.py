@@ -127,7 +127,7 @@ class Attempt:
         self._outcome: Outcome | None = None  # where it is known before the launcher ends
         pipes = [os.pipe() for _ in range(1 + tagged)]
         try:
-            # In a session of its own: what the terminal sends comes here alone.
+            # After setsid: what the terminal sends comes here alone.
             self.launcher = subprocess.Popen(
                 command,
                 stdout=pipes[1][1] if tagged else None,
