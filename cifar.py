@@ -26,7 +26,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from utils.comm import Comm, Exchange
+from utils.comm import Comm, Exchange, is_alone
 from utils.engine import leave, main
 from utils.errors import UserError
 from utils.supervise import end_with_parent
@@ -44,55 +44,48 @@ PATIENCE = timedelta(days=7)
 
 
 class TorchComm(Comm):
-    """torch.distributed: NCCL between GPUs, Gloo between CPU processes.
-
-    Without a launcher, that is without RANK and WORLD_SIZE in the environment, it is the serial
-    engine.
-    """
+    """torch.distributed: NCCL between GPUs, Gloo between CPU processes."""
 
     def __init__(self, timeout: float = 600.0) -> None:
-        self.launched = "RANK" in os.environ or "WORLD_SIZE" in os.environ
-        if self.launched:
-            end_with_parent()  # no worker outlives a launcher that is killed
-            self.rank, self.size, self.local_rank, self.local_size = read_place()
+        self.rank, self.size, self.local_rank, self.local_size = read_place()
         super().__init__(timeout)
-        if self.launched:
-            # NCCL refuses a GPU that two ranks share (CIFAR_SHARE_GPU).
-            own_gpu = self.local_size <= torch.cuda.device_count()
-            backend = "nccl" if self.device.type == "cuda" and own_gpu else "gloo"
-            self.name = f"DistributedDataParallel, {backend}"
-            # DDP's documentation asks for 11 steps, and for a side stream below. What Gloo sends
-            # goes through the host, which cannot be captured.
-            self.graph_warm_up = 11 if backend == "nccl" else 0
-            # A supervisor looks for stalled workers after the timeout, and can say which; this
-            # is for runs without one.
-            limit = timedelta(seconds=timeout + 15)
-            dist.init_process_group(backend, timeout=limit)
-            self.control: Any = dist.new_group(backend="gloo", timeout=limit)
-            self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        # NCCL refuses a GPU that two ranks share (CIFAR_SHARE_GPU).
+        own_gpu = self.local_size <= torch.cuda.device_count()
+        backend = "nccl" if self.device.type == "cuda" and own_gpu else "gloo"
+        self.name = f"DistributedDataParallel, {backend}"
+        # DDP's documentation asks for 11 steps. What Gloo sends goes through the host, which
+        # cannot be captured.
+        self.graph_warm_up = 11 if backend == "nccl" else 0
+        # A supervisor looks for stalled workers after the timeout, and can say which; this is for
+        # runs without one.
+        limit = timedelta(seconds=timeout + 15)
+        dist.init_process_group(backend, timeout=limit)
+        self.control: Any = dist.new_group(backend="gloo", timeout=limit)
+        self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+
+    @classmethod
+    def join(cls, timeout: float = 600.0) -> Comm:
+        if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
+            return Comm(timeout)  # without a launcher
+        end_with_parent()  # no worker outlives a launcher that is killed
+        _, size, _, _ = read_place()
+        return Comm(timeout) if is_alone(size) else cls(timeout)
 
     @classmethod
     def launched_rank(cls) -> int:
         rank = os.environ.get("RANK", "")
         return int(rank) if rank.isdecimal() and "WORLD_SIZE" in os.environ else 0
 
-    def restarts(self) -> int:
-        return super().restarts() + int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
-
     def wrap(
         self, model: nn.Module, optimizer: Optimizer, exchange: Exchange
     ) -> tuple[nn.Module, Optimizer]:
         model, optimizer = super().wrap(model, optimizer, exchange)
-        if not self.launched:
-            return model, optimizer
-        on_gpu = self.device.type == "cuda"
-        with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else nullcontext():
-            wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters
-                model,
-                device_ids=[self.device.index] if on_gpu else None,
-                gradient_as_bucket_view=True,
-                **NO_BUFFER_BROADCAST,
-            )
+        wrapped = DistributedDataParallel(  # broadcasts rank 0's parameters
+            model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **NO_BUFFER_BROADCAST,
+        )
         if exchange.compression == "fp16":
             wrapped.register_comm_hook(None, fp16_compress_hook)
         return wrapped, optimizer
@@ -101,32 +94,26 @@ class TorchComm(Comm):
         # After the first backward DDP puts the gradients into other buckets, in the order in which
         # they came. Where in a bucket a number lies decides in which order three or more workers
         # add it up.
-        if self.launched and self.size > 2:
+        if self.size > 2:
             rehearse()
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        if self.launched:
-            dist.all_reduce(tensor)
+        dist.all_reduce(tensor)
         return tensor
 
     def broadcast_(self, tensor: Tensor) -> Tensor:
-        if self.launched:
-            dist.broadcast(tensor, src=0)
+        dist.broadcast(tensor, src=0)
         return tensor
 
     def max_(self, value: int) -> int:
-        if not self.launched:
-            return value
         highest = torch.tensor(value)
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.patient)
         return int(highest)
 
     def max_later(self, value: int) -> Callable[[], int]:
-        if not self.launched:
-            return lambda: value
         highest = torch.tensor(value)
         work = dist.all_reduce(highest, dist.ReduceOp.MAX, group=self.control, async_op=True)
 
@@ -141,8 +128,7 @@ class TorchComm(Comm):
         return "Connection closed by peer" in text or "Connection reset by peer" in text
 
     def close(self) -> None:
-        if self.launched:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def read_place() -> tuple[int, int, int, int]:

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.comm import Comm, Exchange
+from utils.comm import Comm, Exchange, is_alone
 from utils.engine import leave, main
 from utils.errors import BAD_INPUT, UserError
 
@@ -82,16 +82,22 @@ def in_groups(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
 
 
 class HorovodComm(Comm):
-    """Horovod: NCCL between GPUs where it was built with it, Gloo or MPI between processes.
-
-    Without horovodrun it is one worker of one.
-    """
+    """Horovod: NCCL between GPUs where it was built with it, Gloo or MPI between processes."""
 
     graph_warm_up = 0
     sends_any_layout = False
     adasum = False
 
     def __init__(self, timeout: float = 600.0) -> None:
+        self.elastic = "HOROVOD_ELASTIC" in os.environ
+        self.regroupings = 0
+        self._take_place()
+        super().__init__(timeout)
+        self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
+
+    @classmethod
+    def join(cls, timeout: float = 600.0) -> Comm:
+        """The engine of this job; an elastic one may grow, and is no serial one at any size."""
         check_environment()
         if not torch.cuda.is_available():
             # Horovod's background thread meets the others once in a cycle, whether there is
@@ -99,15 +105,14 @@ class HorovodComm(Comm):
             # them an eighth of their time; steps there take tenths of a second.
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
         hvd.init()
-        self.elastic = "HOROVOD_ELASTIC" in os.environ
-        self.regroupings = 0
         if hvd.rank() == 0 and "CIFAR_TERMINAL" in os.environ:
             # horovodrun pipes its workers' output; the progress bar needs the terminal itself.
             terminal = os.open(os.environ["CIFAR_TERMINAL"], os.O_WRONLY | os.O_NOCTTY)
             os.dup2(terminal, sys.stdout.fileno())
-        self._take_place()
-        super().__init__(timeout)
-        self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
+        if is_alone(hvd.size()) and "HOROVOD_ELASTIC" not in os.environ:
+            hvd.shutdown()
+            return Comm(timeout)
+        return cls(timeout)
 
     def _take_place(self) -> None:
         self.rank, self.size = hvd.rank(), hvd.size()

@@ -120,7 +120,7 @@ def _group(
 
 def work(script: str, path: Path, scale: float) -> None:
     """What a worker does."""
-    comm = engine_class(script)()
+    comm = engine_class(script).join()
     found = []
     for size in SIZES:
         tensor = torch.zeros(size // 4, device=comm.device)

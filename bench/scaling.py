@@ -173,7 +173,7 @@ def _group(
 
 def work(script: str, path: Path, scale: float, models: Iterable[str]) -> None:
     """What a worker does."""
-    comm = engine_class(script)()
+    comm = engine_class(script).join()
     found = {name: measure_model(find_recipe(name), comm, scale) for name in models}
     if comm.is_main:
         write_text(path, json.dumps(found))

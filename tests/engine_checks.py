@@ -186,7 +186,7 @@ def _equal_everywhere(comm: Comm, model: nn.Module) -> None:
 
 
 def main(script: str) -> None:
-    comm = engine_class(script)()
+    comm = engine_class(script).join()
     torch.set_num_threads(1)
     for name, check in list(globals().items()):
         if name.startswith("check_"):

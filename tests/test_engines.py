@@ -1,11 +1,16 @@
 """The contract of utils/comm.py on every engine, and the seam below the two scripts."""
 
+import json
 import re
+import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
+from conftest import environment
 
 import engine_checks
+from tools.arms import free_port, has_horovod
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
@@ -21,10 +26,64 @@ CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
     ],
 )
 def test_engine_keeps_its_promises(launch, engine, workers):
-    result = launch([], workers=workers, script="tests/engine_checks.py")
+    env = environment(CIFAR_KEEP_DDP="1")  # also with one rank
+    result = launch([], workers=workers, script="tests/engine_checks.py", env=env)
     passed = re.findall(r"(check_\w+) passed", result.stdout)
     assert passed == CHECKS, result.stdout + result.stderr
     assert result.returncode == 0, result.stderr
+
+
+ALONE = {
+    "dist": """
+import torch.distributed as dist
+from cifar import TorchComm as Engine
+joined = dist.is_initialized
+""",
+    "horovod": """
+from cifar_horovod import HorovodComm as Engine, hvd
+joined = hvd.is_initialized
+""",
+}
+JOIN = """
+import os
+from utils.comm import Comm
+for wanted, kept in ((Comm, ""), (Engine, "1")):
+    os.environ["CIFAR_KEEP_DDP"] = kept
+    comm = Engine.join()
+    assert type(comm) is wanted, type(comm)
+    assert joined() == (wanted is Engine)
+    comm.close()
+print("joined", flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.parametrize("engine", ALONE)
+def test_a_launched_job_of_one_rank_is_the_serial_engine(run, engine):
+    """No process group, and so no wrapper of one replica, unless a test wants to meet them."""
+    if engine == "horovod" and not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+    port = str(free_port())
+    env = environment(
+        RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        GLOO_SOCKET_IFNAME="lo",
+    )  # fmt: skip
+    result = run([sys.executable, "-c", ALONE[engine] + JOIN], env=env)
+    assert result.stdout == "joined\n", result.stderr
+
+
+@pytest.mark.parametrize("engine", ["dist", "horovod"], indirect=True)
+def test_one_launched_worker_trains_what_no_launcher_trains(launch, run_script, tmp_path):
+    """Bit for bit; the start-up line names the engine that trains."""
+    flags = "-d synthetic10 --train-size 70 --test-size 20 --epochs 1 --schedule 0 -a".split()
+    flags += ["resnet", "--depth", "8", "--trace"]
+    losses = []
+    for name, start in (("launched", partial(launch, workers=1)), ("alone", run_script)):
+        trace = tmp_path / f"{name}.json"
+        result = start([*flags, trace, "-c", tmp_path / name])
+        assert "workers    1 (serial)" in result.stdout, result.stdout + result.stderr
+        losses.append(json.loads(trace.read_text())["loss"])
+    assert losses[0] == losses[1]
 
 
 def test_no_engine_is_known_below_the_two_scripts():

@@ -62,13 +62,22 @@ class Comm:
         self.device = pick_device(self.local_rank, self.local_size)
 
     @classmethod
+    def join(cls, timeout: float = 600.0) -> "Comm":
+        """The engine of this job: the serial one where it has one rank, whatever launched it.
+
+        One replica has nobody to exchange anything with, so an engine would cost and gain nothing.
+        """
+        return cls(timeout)
+
+    @classmethod
     def launched_rank(cls) -> int:
         """The rank that the launcher has given to this process, known before any connection."""
         return 0
 
     def restarts(self) -> int:
-        """How often this job has been started again after a failure."""
-        return int(os.environ.get("CIFAR_RESTARTS", 0))
+        """How often this job has been started again after a failure, by launcher.sh or torchrun."""
+        names = ("CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
+        return sum(int(os.environ.get(name, 0)) for name in names)
 
     @property
     def is_main(self) -> bool:
@@ -94,7 +103,10 @@ class Comm:
             UserError: the engine has no such exchange.
         """
         if exchange.adasum:
-            raise UserError("--adasum: only Horovod has it; use cifar_horovod.py (-f horovod)")
+            raise UserError(
+                "--adasum: it combines the gradients of 2, 4, 8, ... workers of Horovod; start as "
+                "many with -f horovod, or leave it out"
+            )
         return model, optimizer
 
     def settle(self, rehearse: Callable[[], None]) -> None:
@@ -229,6 +241,15 @@ def set_float_buffers(model: nn.Module, flat: Tensor) -> None:
 
 def _code_of(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, UserError) else FAILED
+
+
+def is_alone(size: int) -> bool:
+    """Whether a job of so many ranks needs no engine.
+
+    With CIFAR_KEEP_DDP in the environment it gets one all the same: for tests, which meet NCCL on a
+    machine with a single GPU in no other way.
+    """
+    return size == 1 and not os.environ.get("CIFAR_KEEP_DDP")
 
 
 def pick_device(local_rank: int, local_size: int) -> torch.device:

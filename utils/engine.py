@@ -88,7 +88,7 @@ def _code_of_run(engine: type[Comm], argv: Sequence[str] | None, watch: Watch) -
     try:
         options = parse_args(argv)
         select_gpus(options.gpu_id)
-        comm = engine(options.timeout)
+        comm = engine.join(options.timeout)
         try:
             comm.run(partial(_run, comm, options, watch))
         except Exception as error:
