@@ -59,7 +59,12 @@ class TorchComm(Comm):
         # A supervisor looks for stalled workers after the timeout, and can say which; this is for
         # runs without one.
         limit = timedelta(seconds=timeout + 15)
-        dist.init_process_group(backend, timeout=limit)
+        if backend == "nccl":
+            prepare_nccl()
+        # NCCL that knows its device connects here, in every version of torch, and never for the
+        # first time inside a graph.
+        own = self.device if backend == "nccl" else None
+        dist.init_process_group(backend, timeout=limit, device_id=own)
         self.control: Any = dist.new_group(backend="gloo", timeout=limit)
         self.patient: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
 
@@ -97,6 +102,11 @@ class TorchComm(Comm):
         if self.size > 2:
             rehearse()
 
+    def start_anew(self, model: nn.Module) -> None:
+        if isinstance(model, DistributedDataParallel):
+            # Or the next forward pass would complain of gradients that have never come.
+            model.reducer._reset_state()
+
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
         return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
@@ -123,12 +133,27 @@ class TorchComm(Comm):
 
         return wait
 
-    def lost_peer(self, error: Exception) -> bool:
-        text = str(error)
-        return "Connection closed by peer" in text or "Connection reset by peer" in text
+    def lost_peer(self, error: BaseException) -> bool:
+        words = ("Connection closed by peer", "Connection reset by peer", "ncclRemoteError")
+        return any(text in str(error) for text in words)
 
     def close(self) -> None:
+        if self.device.type == "cuda":
+            # A graph that has been dropped is gone when its last replay is over, not before.
+            torch.cuda.synchronize(self.device)
         dist.destroy_process_group()
+
+
+def prepare_nccl() -> None:
+    """Set what NCCL and torch's part of it read from the environment when they start."""
+    errors = "TORCH_NCCL_ASYNC_ERROR_HANDLING"
+    if os.environ.get(errors, "1") == "1":
+        # torchrun's choice: at a failure NCCL's watchdog cleans up before it ends the process, and
+        # so waits for graphs. 3 ends the process at once.
+        os.environ[errors] = "3"
+    # The ranks may exchange addresses of buffers while they capture, and one that cannot capture
+    # would be waited for there.
+    os.environ.setdefault("NCCL_GRAPH_REGISTER", "0")
 
 
 def read_place() -> tuple[int, int, int, int]:

@@ -151,8 +151,8 @@ class HorovodComm(Comm):
     ) -> tuple[nn.Module, Optimizer]:
         if exchange.adasum and (not hvd.mpi_enabled() or self.size & (self.size - 1)):
             raise UserError(
-                "--adasum: needs Horovod built and run with MPI, and 2, 4, 8, ... workers; leave "
-                "it out"
+                "--adasum: needs 2, 4, 8, ... workers, and Horovod built and run with MPI (the "
+                "launcher uses Gloo); leave it out"
             )
         self.adasum = exchange.adasum
         hvd.broadcast_parameters(model.state_dict(), root_rank=0)  # buffers included
@@ -186,7 +186,7 @@ class HorovodComm(Comm):
         handle = hvd.allreduce_async(torch.tensor(value), op=hvd.Max, name="max_later")
         return lambda: int(hvd.synchronize(handle))
 
-    def lost_peer(self, error: Exception) -> bool:
+    def lost_peer(self, error: BaseException) -> bool:
         return isinstance(error, HorovodInternalError)
 
     def close(self) -> None:

@@ -154,7 +154,9 @@ class Worker:
         command += ["--loaders", *options.loaders, "--scale", str(options.scale)]
         self.process = subprocess.Popen(
             command,
-            env=arm_environment(torch.get_num_threads(), **hidden),
+            # Taken down after a profile, CUPTI may not start again beside graphs. torch's profiler
+            # sees to that for the graphs that torch.compile makes, not for ours.
+            env=arm_environment(torch.get_num_threads(), TEARDOWN_CUPTI="0", **hidden),
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,

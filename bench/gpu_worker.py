@@ -34,7 +34,7 @@ from utils.data import Dataset, load_dataset
 from utils.engine import leave
 from utils.errors import FAILED
 from utils.evaluation import evaluate
-from utils.graph import CudaRecorder, StepGraph
+from utils.graph import RECORDERS, Recorder, StepGraph
 from utils.memory_format import lay_out
 from utils.metrics import Meter
 from utils.optim import build_optimizer
@@ -64,22 +64,6 @@ PLAIN_ROUNDS = 2
 SCRIPT_EPOCHS = 4
 
 
-class TimedRecorder(CudaRecorder):
-    """Knows how long the recording took."""
-
-    seconds = 0.0
-
-    def record(self, work: Callable[[], None]) -> Callable[[], None]:
-        found = []
-        device = self.side.device
-        self.seconds = timed(lambda: found.append(super(TimedRecorder, self).record(work)), device)
-        return found[0]
-
-
-# By the kind of device; the CPU records nothing.
-RECORDERS: dict[str, Callable[[torch.device], TimedRecorder]] = {"cuda": TimedRecorder}
-
-
 class Trainer:
     """The training loop on one recipe.
 
@@ -106,7 +90,7 @@ class Trainer:
         lay_out(model, (self.train_set, self.test_set), self.memory_format, comm)
         if "compiled" in words:
             compile_blocks(model)
-        self.recorder = None
+        self.recorder: Recorder | None = None
         rate: float | Tensor = RATE
         if "graph" in words and comm.device.type in RECORDERS:
             self.recorder = RECORDERS[comm.device.type](comm.device)
@@ -144,7 +128,8 @@ class Trainer:
                 lambda _: None,
             )
 
-        return timed(epoch, self.comm.device)
+        with self.recorder.on_stream() if self.recorder else contextlib.nullcontext():
+            return timed(epoch, self.comm.device)
 
     def evaluate(self) -> float:
         """Seconds of an evaluation of the whole test set."""

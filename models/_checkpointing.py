@@ -17,6 +17,8 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
         module,
         x,
         use_reentrant=False,
+        # For the same masks again; a CUDA graph, which has its own generator, may not meet it.
+        preserve_rng_state=any(getattr(m, "drop", 0) for m in module.modules()),
         context_fn=lambda: (nullcontext(), _statistics_kept(module)),
     )
 

@@ -4,18 +4,20 @@ Most bodies run on the CPU too, on a few images, where they show that they run.
 """
 
 import json
+import math
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import environment
-from test_graph import Replayer
+from recorders import Replayer, Tape
 from test_resume import same
 
 from bench import gpu, gpu_worker
 from tools.arms import ROOT, engine_command
-from utils import checkpoint, order, synthetic
+from utils import checkpoint, graph, order, synthetic
 from utils.augment import ImageSet
 from utils.comm import Comm
 from utils.data import load_dataset
@@ -33,6 +35,7 @@ DATA = {
 # In fp32 proper and at a small rate, or the networks amplify differences in rounding.
 TRAINING = "--epochs 2 --schedule 1 --lr 0.001 --tf32 off"
 NEARLY = {"rel": 2e-3}
+KEPT = {"CIFAR_KEEP_DDP": "1"}  # or a job of one rank would be the serial engine
 
 FAMILIES = (
     "alexnet", "vgg11_bn", "resnet --depth 20", "preresnet --depth 20",
@@ -66,6 +69,8 @@ def train(run, device, tmp_path):
             env=environment(CUDA_VISIBLE_DEVICES=visible, **settings, **changes),
             timeout=200,
         )
+        # Autograd's word for a network that is trained on another stream than it was wrapped on.
+        assert "AccumulateGrad" not in result.stderr
         if fails:
             assert result.returncode != 0
             return folder, result.stdout, None
@@ -114,8 +119,7 @@ def test_deterministic_runs_are_the_same_bits_also_when_killed_inside_an_epoch(t
     flags = ("--deterministic", "--save-every", every)
     one, *_ = train("one", network, *flags)
     two, *_ = train("two", network, *flags)
-    planted = (str(ROOT / "tools" / "planted.py"), f"kill-{kill_at}", "cifar")
-    killed, *_ = train("killed", network, *flags, script=planted, fails=True)
+    killed, *_ = train("killed", network, *flags, script=planted(f"kill-{kill_at}"), fails=True)
     state = checkpoint.load(killed / checkpoint.LATEST)
     assert (state["epoch"], state["step"]) == (0, 20 if device == "cuda" else 2)
     _, printed, _ = train("killed", network, *flags, "--resume", "auto")
@@ -131,10 +135,46 @@ def test_one_launched_worker_trains_what_the_serial_engine_trains(train, device)
     network = "resnet --depth 20"
     _, _, wanted = train("serial", network, "--graph", "off")
     for choice in ("off", "on"):
-        _, printed, trace = train(f"dist-{choice}", network, "--graph", choice, workers=1)
+        flags = ("--graph", choice)
+        _, printed, trace = train(f"dist-{choice}", network, *flags, workers=1, **KEPT)
         assert f"DistributedDataParallel, {'nccl' if device == 'cuda' else 'gloo'}" in printed
         assert device == "cpu" or "warning: --graph" not in printed
         assert trace["loss"] == pytest.approx(wanted["loss"], **NEARLY)
+
+
+def planted(fault):
+    return str(ROOT / "tools" / "planted.py"), fault, "cifar"
+
+
+# A step of Python beside the graph: warm-up and recording are numbers 0 to 3, or 0 to 11 with NCCL.
+TAIL = {"cuda": "nan-4", "cpu": "nan-2"}
+TERM = {"cuda": "term-12", "cpu": "term-2"}
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("device", [CUDA, CPU], indirect=True)
+def test_a_run_goes_back_to_a_checkpoint_and_on_under_the_same_graph(train, device):
+    """The smaller last batch is spoilt: the graph goes on with what has been put into its place."""
+    every = {"cuda": "10", "cpu": "1"}[device]
+    flags = ("--on-nan", "rewind", "--save-every", every, "--graph", "on")
+    folder, printed, _ = train("run", "resnet --depth 20", *flags, script=planted(TAIL[device]))
+    assert printed.count("going back to") == 1
+    losses = read_log(folder / "log.txt")["Train Loss"]
+    assert len(losses) == 2
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("device", [CUDA, CPU], indirect=True)
+def test_an_interrupted_run_with_nccl_in_its_graph_ends(train, device):
+    """NCCL of several ranks would wait for a graph that refers to it; one rank shows only that it
+    ends."""
+    flags = ("--graph", "on", "--save-every", "1")
+    workers = min(2, max(1, torch.cuda.device_count()))
+    folder, printed, _ = train("run", "resnet --depth 20", *flags, script=planted(TERM[device]),
+                               workers=workers, fails=True, **KEPT)  # fmt: skip
+    assert "interrupted after epoch 0, step" in printed
+    assert checkpoint.load(folder / checkpoint.LATEST)["epoch"] == 0
 
 
 @pytest.mark.timeout(400)
@@ -328,26 +368,30 @@ def test_without_a_gpu_the_benchmark_says_so(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+TINY = Recipe("tiny", ("-a", "resnet", "--depth", "8", "--train-batch", "10"), 0, "-", "-")
+
+
 def test_the_benchmark_trains_with_a_graph(monkeypatch):
     """As on a GPU, but that what is recorded is done again by Python."""
     data = load_dataset("synthetic10", "data", train_size=70, test_size=20)
-    monkeypatch.setitem(gpu_worker.RECORDERS, "cpu", Recorder)
-
-    def unfused(model, *_):  # the CPU's fused kernel takes no tensor for a rate
-        return torch.optim.SGD(model.parameters(), torch.tensor(0.1), momentum=0.9)
-
-    monkeypatch.setattr(gpu_worker, "build_optimizer", unfused)
-    recipe = Recipe("tiny", ("-a", "resnet", "--depth", "8", "--train-batch", "10"), 0, "-", "-")
-    found = gpu_worker.measure_training(recipe, data, ["fp32", "graph"], Comm())
+    monkeypatch.setitem(graph.RECORDERS, "cpu", Replayer)
+    found = gpu_worker.measure_training(TINY, data, ["fp32", "graph"], Comm())
     assert found["capture"] == 1.5
     assert (found["steps"], found["of_steps"]) == (7, 7)
     assert found["warnings"] == []
 
 
-class Recorder(Replayer):
-    """Replayer as the benchmark makes and asks it."""
-
-    seconds = 1.5
-
-    def __init__(self, device):
-        super().__init__()
+def test_one_process_profiles_several_arms_with_graphs_between_them(monkeypatch):
+    """Whose process keeps CUPTI, which may not start again beside a graph."""
+    data = load_dataset("synthetic10", "data", train_size=70, test_size=20)
+    monkeypatch.setitem(graph.RECORDERS, "cpu", Tape)
+    for words in (["fp32", "graph"], ["fp32"], ["fp32", "graph"]):
+        found = gpu_worker.measure_kernels(TINY, data, words, Comm())
+        assert found["steps"] == 7
+        assert found["kernels"]
+    worker = gpu.Worker([], gpu.parse(["--device", "cpu"]))
+    try:
+        environ = Path(f"/proc/{worker.process.pid}/environ").read_bytes().split(b"\0")
+        assert b"TEARDOWN_CUPTI=0" in environ
+    finally:
+        worker.end()

@@ -135,8 +135,15 @@ def _is_finite(model: nn.Module) -> bool:
 
 
 def _with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
-    """The optimizer's state with the learning rate as a number, wherever it was in a tensor."""
-    groups = [{**group, "lr": float(group["lr"])} for group in state["param_groups"]]
+    """The optimizer's state with the learning rate as a number, wherever it was in a tensor.
+
+    A tensor's few digits are taken for those of the number: 0.1, not 0.10000000149011612.
+    """
+
+    def plain(rate: float | Tensor) -> float:
+        return float(str(rate.cpu().numpy())) if isinstance(rate, Tensor) else rate
+
+    groups = [{**group, "lr": plain(group["lr"])} for group in state["param_groups"]]
     return {**state, "param_groups": groups}
 
 
@@ -362,14 +369,25 @@ def describe_model(arch: str, arguments: dict[str, Any]) -> str:
 def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> bool:
     """Restore the optimizer's momentum; its settings stay those of the command line.
 
+    Momentum that is there already stays at its place in memory, where a CUDA graph goes on to use
+    it; what the file does not have becomes zero.
+
     Returns:
         False where the file has no optimizer state.
 
     Raises:
         UserError: the state does not fit the parameters.
     """
+    there = {
+        (parameter, name): value
+        for parameter, entry in optimizer.state.items()
+        for name, value in entry.items()
+        if isinstance(value, Tensor)
+    }
     saved = state.get("optimizer")
     if not saved:
+        for value in there.values():
+            value.zero_()
         return False
     settings = [
         {key: value for key, value in group.items() if key != "params"}
@@ -396,7 +414,13 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> b
         group.update(own)
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
-            if isinstance(value, Tensor) and value.dim():
-                # The fused update goes through momentum and parameter side by side in memory.
-                entry[name] = torch.empty_like(parameter).copy_(value)
+            if isinstance(value, Tensor):
+                place = there.pop((parameter, name), None)
+                if place is None and value.dim():
+                    # The fused update goes through momentum and parameter side by side in memory.
+                    place = torch.empty_like(parameter)
+                if place is not None:
+                    entry[name] = place.copy_(value)
+    for (parameter, name), place in there.items():
+        optimizer.state[parameter][name] = place.zero_()
     return True

@@ -63,9 +63,10 @@ class Comm:
 
     @classmethod
     def join(cls, timeout: float = 600.0) -> "Comm":
-        """The engine of this job: the serial one where it has one rank, whatever launched it.
+        """The engine of this job.
 
-        One replica has nobody to exchange anything with, so an engine would cost and gain nothing.
+        A subclass answers with the serial one where the job has one rank, whatever launched it: one
+        replica has nobody to exchange anything with, so an engine would cost and gain nothing.
         """
         return cls(timeout)
 
@@ -104,8 +105,8 @@ class Comm:
         """
         if exchange.adasum:
             raise UserError(
-                "--adasum: it combines the gradients of 2, 4, 8, ... workers of Horovod; start as "
-                "many with -f horovod, or leave it out"
+                "--adasum: needs 2, 4, 8, ... workers of cifar_horovod.py, with Horovod built and "
+                "run with MPI; leave it out"
             )
         return model, optimizer
 
@@ -113,6 +114,13 @@ class Comm:
         """Call ``rehearse``, a step without effect, if the engine's first step differs from later.
 
         The order in which an engine adds up must not depend on where a run was interrupted.
+        """
+
+    def start_anew(self, model: nn.Module) -> None:
+        """Forget a backward pass that has failed half-way; every rank must call it.
+
+        Args:
+            model: as ``wrap`` returned it.
         """
 
     def accumulating(self, model: nn.Module) -> AbstractContextManager:
@@ -219,7 +227,7 @@ class Comm:
         finally:
             set_float_buffers(model, own)
 
-    def lost_peer(self, error: Exception) -> bool:
+    def lost_peer(self, error: BaseException) -> bool:
         """Whether an error only says that another worker is gone."""
         return False
 

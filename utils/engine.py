@@ -40,7 +40,7 @@ from utils.errors import (
 from utils.estimate import estimate
 from utils.evaluation import evaluate_on, report_end, report_evaluation
 from utils.files import unlock_folder
-from utils.graph import CudaRecorder, StepGraph, wants_graph
+from utils.graph import RECORDERS, StepGraph, wants_graph
 from utils.logger import RunLog, check_tensorboard
 from utils.memory_format import lay_out
 from utils.metrics import Meter
@@ -89,16 +89,21 @@ def _code_of_run(engine: type[Comm], argv: Sequence[str] | None, watch: Watch) -
         options = parse_args(argv)
         select_gpus(options.gpu_id)
         comm = engine.join(options.timeout)
+        orderly = True
         try:
             comm.run(partial(_run, comm, options, watch))
-        except Exception as error:
+        except (UserError, TrainingError, PeerFailed, Interrupted):
+            raise
+        except BaseException as error:
+            orderly = False
             training = watch.begun
             if comm.lost_peer(error):
                 raise PeerFailed(CRASHED) from error
             raise
         finally:
             watch.idle()
-            comm.close()
+            if orderly:  # or it could wait for workers that know nothing of this one's end
+                comm.close()
     except UserError as error:
         if rank != 0:
             # Bad input is bad on every rank and rank 0 says so once. Where it is not, the launcher
@@ -227,7 +232,17 @@ def run(
     if options.compile:
         compile_blocks(model)
     passes = options.backward_passes_per_step
-    graphed, why_not = wants_graph(options.graph, comm, passes, train_set.home, options.on_nan)
+    graphed, why_not = wants_graph(
+        options.graph,
+        comm,
+        passes,
+        train_set.home,
+        options.on_nan,
+        redraws=bool(options.checkpoint_activations and options.drop),
+    )
+    recorder = RECORDERS[comm.device.type](comm.device) if graphed else None
+    if recorder:
+        claims.enter_context(recorder.on_stream())
     optimizer = build_optimizer(
         model,
         torch.tensor(rate, device=comm.device) if graphed else rate,
@@ -291,11 +306,11 @@ def run(
     comm.settle(rehearse)
     meter = Meter(comm.device)
     graph = None
-    if graphed:
-        recorder = CudaRecorder(comm.device)
+    if recorder:
         graph = StepGraph(
             step, train_set, meter, last - first, bounds[0][1], comm.graph_warm_up, recorder, say
         )
+        claims.callback(graph.drop)  # whatever ends the run, before the engine closes
     times = StepTimes(keep=options.trace is not None)
     Training(
         comm=comm,

@@ -15,6 +15,17 @@ from utils.errors import NotFinite
 from utils.precision import at_least_float32, autocast
 
 
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what a step draws from: the generators of the host and of the device.
+
+    torch.manual_seed goes through the back ends of devices that are not there, too, which costs
+    more of the host's time than all else that a replayed step needs.
+    """
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index].manual_seed(seed)
+
+
 class Step:
     """Trains on one share of a global batch.
 
@@ -75,7 +86,7 @@ class Step:
             waiting = k < len(cuts) - 1
             exchange = self.comm.accumulating(self.model) if waiting else nullcontext()
             if seed is not None:
-                torch.manual_seed(seed)
+                seed_generators(seed, images.device)
             with exchange, rows_of_batch(start + first, global_batch):
                 results.append(self._backward(images[first:last], labels[first:last], scale))
         losses, outputs = zip(*results, strict=True)

@@ -42,7 +42,8 @@ class StepTimes:
     def step_done(self, loss_sum: Tensor, global_batch: int) -> None:
         """The step is over; loss_sum is this worker's, global_batch the images of all."""
         if self.keep:
-            self.losses.append(loss_sum.double())
+            # A copy in any case: the next step may overwrite it.
+            self.losses.append(loss_sum.to(torch.float64, copy=True))
             self.batches.append(global_batch)
         self.compute.append(self._now() - self._mark)
 
