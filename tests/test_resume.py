@@ -2,11 +2,13 @@
 
 import json
 import random
+import re
 
 import pytest
 import torch
-from conftest import COMMON, MODELS
+from conftest import COMMON, MODELS, environment
 
+from tools import verify
 from tools.arms import ROOT, engine_command
 from tools.planted import MISTAKES
 from utils import checkpoint
@@ -134,6 +136,52 @@ def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(tmp_path):
     assert start_position(options, saved, {"global batch": 32, "seed": 0}).step == 3
     with pytest.raises(UserError, match="global batch 32, not 16"):
         start_position(options, saved, {"global batch": 16, "seed": 0})
+
+
+def test_the_planted_mistakes_still_fit_the_code(train, tmp_path):
+    """All of them in one run, which must differ and not crash."""
+    result = train(tmp_path / "all", "alexnet", "dist", 2, fault="+".join(MISTAKES))
+    assert result.returncode == 0, result.stderr
+    assert train(tmp_path / "none", "alexnet", "dist", 2).returncode == 0
+    with pytest.raises(AssertionError):
+        same(tmp_path / "all", tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "horovod", "groups", "words"),
+    [
+        (0, True, [("dist", 3), ("horovod", 3)], ""),
+        (0, False, [("dist", 3)], "not installed"),
+        (1, True, [("dist", 3)], "NCCL between GPUs"),
+        (2, True, [("dist", 2), ("horovod", 2)], "three workers"),
+        (2, False, [("dist", 2)], "three workers.*not installed"),
+        (8, True, [("dist", 3), ("horovod", 3)], ""),
+    ],
+)
+def test_what_a_machine_is_too_small_for_is_named(gpus, horovod, groups, words):
+    found, left_out = verify.groups_of(gpus, horovod)
+    assert [(group.engine, group.most) for group in found] == groups
+    assert re.search(words, " ".join(left_out))
+    assert bool(words) == bool(left_out)
+    assert ("CIFAR_SHARE_GPU" in found[0].settings) == (gpus == 1)  # NCCL would refuse it
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("gpus", "mistake", "checks"), [(1, "none", 11), (1, "own-mean", 11), (2, "none", 12)]
+)
+def test_the_proof_on_gpus_in_small(monkeypatch, tmp_path, capsys, gpus, mistake, checks):
+    """On the CPU, where a stand-in records and replays what a graph would."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    program = (str(ROOT / "tests" / "recorders.py"), "replayer")
+    caught = verify.verify(verify.Runner(tmp_path, mistake, True, program), gpus)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line[:4] in ("ok  ", "FAIL")]
+    assert len(lines) == checks, lines
+    assert len(caught) == sum(line.startswith("FAIL") for line in lines)
+    assert bool(caught) == (mistake != "none"), lines
+    assert sum("graph" in line for line in lines) == 5
 
 
 @pytest.mark.slow

@@ -62,13 +62,13 @@ def padded_evaluation() -> None:
     """The test set is filled up until all workers have equally many images."""
     real = evaluation.evaluate
 
-    def evaluate(model: Any, images: Any, batch: int, amp: str, comm: Comm, *rest: Any) -> Any:
+    def evaluate(model: Any, images: Any, batch: int, amp: str, comm: Comm, **more: Any) -> Any:
         missing = -len(images) % comm.size
         index = torch.arange(len(images) + missing) % len(images)
         padded = type(images).__new__(type(images))
         padded.__dict__ = {**images.__dict__}
         padded.windows, padded.labels = images.windows[index], images.labels[index]
-        return real(model, padded, batch, amp, comm, *rest)
+        return real(model, padded, batch, amp, comm, **more)
 
     evaluation.evaluate = evaluate
 
