@@ -11,6 +11,7 @@ from conftest import environment
 
 import engine_checks
 from tools.arms import free_port, has_horovod
+from utils.comm import Comm
 
 ROOT = Path(__file__).resolve().parent.parent
 CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
@@ -84,6 +85,21 @@ def test_one_launched_worker_trains_what_no_launcher_trains(launch, run_script, 
         assert "workers    1 (serial)" in result.stdout, result.stdout + result.stderr
         losses.append(json.loads(trace.read_text())["loss"])
     assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize(
+    ("variables", "count"),
+    [({}, 0), ({"CIFAR_RESTARTS": "2"}, 2), ({"CIFAR_RESTARTS": ""}, 0),
+     ({"TORCHELASTIC_RESTART_COUNT": "1"}, 0),
+     ({"TORCHELASTIC_RESTART_COUNT": "1", "RANK": "0", "CIFAR_RESTARTS": "x"}, 1)],
+)  # fmt: skip
+def test_restarts_are_those_of_this_job(monkeypatch, variables, count):
+    """What another job has left behind would let a run go on in a folder that is not its own."""
+    for name in ("CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert Comm.restarts(object.__new__(Comm)) == count
 
 
 def test_no_engine_is_known_below_the_two_scripts():

@@ -138,6 +138,28 @@ def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(tmp_path):
         start_position(options, saved, {"global batch": 16, "seed": 0})
 
 
+@pytest.mark.parametrize(
+    ("kill_at", "words"),
+    [
+        (0, "not been killed after a save"),
+        (99, "has been trained for 2 epochs"),
+        (3, "differs by 0.0e+00"),
+    ],
+)
+def test_a_proof_of_resuming_resumes(monkeypatch, tmp_path, capsys, kill_at, words):
+    """It does not hold where the run was killed too early, or not at all."""
+    for name, value in environment().items():
+        monkeypatch.setenv(name, value)
+    runner = verify.Runner(tmp_path, "none", False)
+    one = verify.Group()
+    untouched = runner.reference(verify.ALEXNET)
+    killed = runner.killed(verify.ALEXNET, one, 1, kill_at)
+    check = verify.Checks()
+    check("resumed", 0.0, untouched, lambda: runner.resumed(killed, verify.ALEXNET, one, 1))
+    assert check.caught == ([] if kill_at == 3 else ["resumed"])
+    assert words in capsys.readouterr().out
+
+
 def test_the_planted_mistakes_still_fit_the_code(train, tmp_path):
     """All of them in one run, which must differ and not crash."""
     result = train(tmp_path / "all", "alexnet", "dist", 2, fault="+".join(MISTAKES))

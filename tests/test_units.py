@@ -22,6 +22,7 @@ from utils.optim import Schedule, build_optimizer, scaled_rate
 from utils.options import build_parser, parse_args, warnings
 from utils.plot import draw, read_log
 from utils.startup import Saved, memory_format_for
+from utils.trace import StepTimes
 
 
 class TestOptions:
@@ -351,3 +352,9 @@ class TestMemoryFormat:
         momentum = fresh.state[other.weight]["momentum_buffer"]
         assert momentum.stride() == other.weight.stride()
         assert torch.equal(momentum, optimizer.state[model.weight]["momentum_buffer"])
+
+
+def test_a_run_that_has_no_step_left_writes_an_empty_trace(tmp_path):
+    """As of one that a signal has stopped behind its last step, and that is resumed."""
+    StepTimes(keep=True).write(tmp_path / "trace.json", Comm())
+    assert json.loads((tmp_path / "trace.json").read_text())["loss"] == []

@@ -145,9 +145,16 @@ class Runner:
         return self.run([*flags, "--save-every", "1"], group, workers, f"kill-{step}")
 
     def resumed(self, killed: Path, flags: list[str], group: Group, workers: int) -> Run:
-        """A killed run that goes on, with as many workers or others; its folder stays."""
+        """A killed run that goes on, with as many workers or others; its folder stays.
+
+        Raises:
+            RuntimeError: it has not been killed after a save, or does not finish now.
+        """
+        if not (killed / checkpoint.LATEST).exists():
+            raise RuntimeError("the run to go on with has not been killed after a save")
         folder = self.folder / f"resumed-{self.count}"
         shutil.copytree(killed, folder)
+        (folder / "trace.json").unlink(missing_ok=True)  # of a run that was not killed in time
         flags = [flag for flag in flags if flag != "--overwrite"]
         more = ["--save-every", "1", "--resume", "auto"]
         return self.result(self.run([*flags, *more], group, workers, self.mistake, into=folder))
@@ -174,12 +181,16 @@ class Runner:
 
 def compare(one: Run, other: Run, tolerance: float) -> tuple[bool, str]:
     """Whether two runs agree, and in words how far they differ and from which step on."""
+    if not other.losses:
+        return False, "it has trained no step"
     steps = list(zip(reversed(one.losses), reversed(other.losses), strict=False))
     gaps = [abs(a - b) for a, b in reversed(steps)]  # a resumed run has its last steps only
     offset = len(one.losses) - len(gaps)
     first = next((offset + k for k, gap in enumerate(gaps) if not gap <= tolerance), None)
     tensors = {**one.state["state_dict"], **_momentum(one.state)}
     others = {**other.state["state_dict"], **_momentum(other.state)}
+    if tensors.keys() != others.keys():
+        return False, f"only one of them has {min(tensors.keys() ^ others.keys())}"
     worst = max(
         (float((tensor.double() - others[name].double()).abs().max()) for name, tensor in
          tensors.items()),

@@ -77,8 +77,11 @@ class Comm:
 
     def restarts(self) -> int:
         """How often this job has been started again after a failure, by launcher.sh or torchrun."""
-        names = ("CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
-        return sum(int(os.environ.get(name, 0)) for name in names)
+        names = ["CIFAR_RESTARTS"]
+        if "RANK" in os.environ:  # without it torchrun's variable is another job's
+            names.append("TORCHELASTIC_RESTART_COUNT")
+        counts = (os.environ.get(name, "") for name in names)
+        return sum(int(count) for count in counts if count.isdecimal())
 
     @property
     def is_main(self) -> bool:

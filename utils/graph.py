@@ -17,6 +17,7 @@ from torch import Tensor
 
 from utils.augment import ImageSet
 from utils.comm import Comm
+from utils.errors import one_line
 from utils.metrics import Meter
 from utils.step import Step, seed_generators
 
@@ -217,6 +218,7 @@ class StepGraph:
             while first.__context__:
                 first = first.__context__
             why = next(iter(str(first).strip().splitlines()), "") or type(first).__name__
+            why = one_line(why, _REASON)
         comm = self.step.comm
         rank = comm.max_(comm.rank + 1 if why else 0) - 1
         if rank < 0:
@@ -227,12 +229,10 @@ class StepGraph:
         # By numbers that fit into int64, which travel apart from what a GPU may have broken off.
         own = why.encode()[:_REASON].ljust(_REASON, b"\0") if comm.rank == rank else bytes(_REASON)
         words = [int.from_bytes(own[k : k + 7], "big") for k in range(0, _REASON, 7)]
-        reason = b"".join(comm.max_(word).to_bytes(7, "big") for word in words).rstrip(b"\0")
+        agreed = b"".join(comm.max_(word).to_bytes(7, "big") for word in words).rstrip(b"\0")
+        reason = agreed.decode(errors="ignore")  # of a character that is cut
         who = "" if comm.size == 1 else f" on rank {rank}"
-        self.say(
-            f"warning: --graph: the step cannot be captured{who} "
-            f"({reason.decode(errors='replace')}); going on without"
-        )
+        self.say(f"warning: --graph: the step cannot be captured{who} ({reason}); going on without")
 
     def _train(self) -> None:
         images, labels = self.images.batch(self._index, self._augmentation)

@@ -56,9 +56,12 @@ class StepTimes:
         """Write what has been kept as JSON; every rank must call it."""
         if not self.keep or path is None:
             return
-        losses = comm.sum_(torch.stack(self.losses))  # one sum over the workers
+        losses: list[float] = []
+        if self.losses:  # a run may have been finished already
+            sums = comm.sum_(torch.stack(self.losses))  # one sum over the workers
+            losses = (sums.cpu() / torch.tensor(self.batches)).tolist()
         record = {
-            "loss": (losses.cpu() / torch.tensor(self.batches)).tolist(),
+            "loss": losses,
             "global_batch": self.batches,
             "data_seconds": self.data,
             "compute_seconds": self.compute,

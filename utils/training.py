@@ -91,19 +91,19 @@ def train_one_epoch(
         index, seed = sequence[first:last], order.step_seed(seed_of_run, epoch, k)
         set_learning_rate(step.optimizer, rates[k])
         times.begin()
-        if graph and graph.takes(len(index), stop - start):
-            times.data_ready()
-            loss = graph(index, augmentation, seed)
-        else:
-            batch, labels = images.batch(index, augmentation)
-            times.data_ready()
-            try:
+        try:
+            if graph and graph.takes(len(index), stop - start):
+                times.data_ready()
+                loss = graph(index, augmentation, seed)
+            else:
+                batch, labels = images.batch(index, augmentation)
+                times.data_ready()
                 loss, output = step(batch, labels, stop - start, seed)  # all-reduces the gradients
                 meter.update(loss, output, labels)
-            except NotFinite as error:
-                error.step = k
-                not_finite(error)
-                loss = torch.zeros((), device=comm.device)
+        except NotFinite as error:
+            error.step = k
+            not_finite(error)
+            loss = torch.zeros((), device=comm.device)
         times.step_done(loss, stop - start)
         if bar.due(k + 1):
             bar.show(k + 1, meter.local(), times)
