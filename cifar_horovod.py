@@ -82,7 +82,10 @@ def in_groups(parameters: Iterable[nn.Parameter]) -> list[list[Tensor]]:
 
 
 class HorovodComm(Comm):
-    """Horovod: NCCL between GPUs where it was built with it, Gloo or MPI between processes."""
+    """Horovod: NCCL between GPUs where it was built with it, Gloo or MPI between processes.
+
+    ``join`` makes it, once Horovod is running.
+    """
 
     graph_warm_up = 0
     sends_any_layout = False
@@ -97,7 +100,7 @@ class HorovodComm(Comm):
 
     @classmethod
     def join(cls, timeout: float = 600.0) -> Comm:
-        """The engine of this job; an elastic one may grow, and is no serial one at any size."""
+        """The engine of this job; of an elastic one, which may grow, never the serial one."""
         check_environment()
         if not torch.cuda.is_available():
             # Horovod's background thread meets the others once in a cycle, whether there is

@@ -174,9 +174,7 @@ KINDS = {"replayer": Replayer, "tape": Tape, "unable": Unable, "unable-forward":
 
 
 def main() -> int:
-    kind, faults, script, *arguments = [
-        word for word in sys.argv[1:] if not word.startswith("--local-rank")
-    ]
+    kind, faults, script, *arguments = planted.arguments()
     recorder = KINDS[kind]()
     graph.RECORDERS["cpu"] = lambda device: recorder
     cls = engine_class(script)
@@ -199,9 +197,7 @@ def main() -> int:
         return comm
 
     cls.join = join_with_graphs
-    for fault in faults.split("+"):
-        if not Comm().restarts():
-            planted.plant(fault)
+    planted.plant_all(faults)
     code = engine.main(cls, arguments)
     recorder.report("ending")
     return code

@@ -23,7 +23,7 @@ import torch
 
 from tools.arms import engine_class
 from utils import checkpoint, engine, evaluation, order, startup
-from utils.comm import Comm
+from utils.comm import Comm, restarts_by_launcher
 from utils.step import Step
 
 
@@ -215,11 +215,6 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
-def _started_again() -> bool:
-    names = ("CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT")
-    return any(int(os.environ.get(name, 0)) for name in names)
-
-
 def _last_rank() -> bool:
     rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
     return rank == int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", 1))) - 1
@@ -239,15 +234,22 @@ def plant(mistake: str) -> None:
         MISTAKES[mistake]()
 
 
+def plant_all(mistakes: str) -> None:
+    """Plant what is joined by +; faults happen once, and not again in a job that is restarted."""
+    for mistake in mistakes.split("+"):
+        if mistake in MISTAKES or not restarts_by_launcher():
+            plant(mistake)
+
+
+def arguments() -> list[str]:
+    """Of the command line; torch.distributed.launch puts the local rank before them."""
+    return [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
+
+
 def main() -> int:
     """Plant the mistake and run the script."""
-    # torch.distributed.launch puts the local rank before the other arguments.
-    arguments = [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
-    mistakes, script, *rest = arguments
-    for mistake in mistakes.split("+"):
-        if mistake not in MISTAKES and _started_again():
-            continue  # faults happen once
-        plant(mistake)
+    mistakes, script, *rest = arguments()
+    plant_all(mistakes)
     return engine.main(engine_class(script), rest)
 
 

@@ -101,9 +101,8 @@ class Runner:
         self.program = program
         self.more = ON_GPUS if on_gpus else []
         self.settings = {"OMP_NUM_THREADS": "1"} | ({} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""})
-        if Path(
-            "/sys/class/net/lo"
-        ).exists():  # all workers are here; a name of it may lead nowhere
+        # All workers are on this machine, whose own name may lead nowhere.
+        if Path("/sys/class/net/lo").exists():
             for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
                 self.settings[name] = os.environ.get(name, "lo")
         self.count = 0

@@ -76,12 +76,8 @@ class Comm:
         return 0
 
     def restarts(self) -> int:
-        """How often this job has been started again after a failure, by launcher.sh or torchrun."""
-        names = ["CIFAR_RESTARTS"]
-        if "RANK" in os.environ:  # without it torchrun's variable is another job's
-            names.append("TORCHELASTIC_RESTART_COUNT")
-        counts = (os.environ.get(name, "") for name in names)
-        return sum(int(count) for count in counts if count.isdecimal())
+        """How often this job has been started again after a failure."""
+        return restarts_by_launcher()
 
     @property
     def is_main(self) -> bool:
@@ -252,6 +248,15 @@ def set_float_buffers(model: nn.Module, flat: Tensor) -> None:
 
 def _code_of(error: BaseException) -> int:
     return BAD_INPUT if isinstance(error, UserError) else FAILED
+
+
+def restarts_by_launcher() -> int:
+    """How often launcher.sh or torchrun has started this job again, as the environment says."""
+    names = ["CIFAR_RESTARTS"]
+    if "RANK" in os.environ:  # without it torchrun's variable is another job's
+        names.append("TORCHELASTIC_RESTART_COUNT")
+    counts = (os.environ.get(name, "") for name in names)
+    return sum(int(count) for count in counts if count.isdecimal())
 
 
 def is_alone(size: int) -> bool:
