@@ -29,6 +29,7 @@ _FOREVER = 999_999_999.0
 _UNKNOWN = -1  # the rank of who has not said hello
 # Bytes of a message; seconds for which one look counts at most, as this process may have slept.
 _LONGEST, _LOOK = 256, 1.0
+_AT_ONCE = 1_000  # connections that a look takes in at most
 
 # Printable characters alone: the text goes to a terminal.
 _HELLO = re.compile(rb"hello (\d{1,9}) (\d{1,9}(?:\.\d{1,9})?)")
@@ -201,7 +202,9 @@ class Listener:
             self._door.close()
 
     def _accept(self) -> None:
-        while self._door is not None and sys.platform == "linux":
+        for _ in range(_AT_ONCE):  # whoever connects without end may not keep the supervisor here
+            if self._door is None or sys.platform != "linux":
+                return
             try:
                 connection, _ = self._door.accept()
             except OSError:
