@@ -26,10 +26,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compr
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from utils.comm import Comm, Exchange, is_alone
+from utils.distributed.comm import Comm, Exchange, is_alone
 from utils.engine import leave, main
 from utils.errors import UserError
-from utils.supervise import end_with_parent
+from utils.launch.supervisor import end_with_parent
 
 # Training never reads batch-norm buffers, so broadcasting them at each forward is waste; see
 # Comm.averaged_buffers. torch 2.15 has renamed the argument.

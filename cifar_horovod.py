@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from utils.comm import Comm, Exchange, is_alone
+from utils.distributed.comm import Comm, Exchange, is_alone
 from utils.engine import leave, main
 from utils.errors import BAD_INPUT, UserError
 

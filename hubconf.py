@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from models import create_model, list_models
-from utils import checkpoint as _checkpoint
+from utils.checkpoint import format as _checkpoint
 
 dependencies = ["torch", "numpy"]
 

@@ -124,7 +124,7 @@ ask() {
 }
 
 recipes() {
-    ask -m utils.recipes "$@"
+    ask -m utils.config.recipes "$@"
 }
 
 # Sets safe to the option that has the same effect for the programs that start where the user
@@ -338,8 +338,8 @@ dist_command() {
         --log-dir=/dev/null "${script//'$'/'$$'}")
     # launch reads $ in what follows as the start of a name, and $$ as $.
     arguments=("${arguments[@]//'$'/'$$'}")
-    # Workers meet where no other machine can reach them: loopback/loopback.py.
-    environment+=("PYTHONPATH=$root/loopback${PYTHONPATH:+:$PYTHONPATH}")
+    # Workers meet where no other machine can reach them: utils/launch/loopback/loopback.py.
+    environment+=("PYTHONPATH=$root/utils/launch/loopback${PYTHONPATH:+:$PYTHONPATH}")
     [[ ! -e /sys/class/net/lo ]] ||
         environment+=("GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-lo}")
 }
@@ -464,7 +464,7 @@ main() {
     ((dry_run)) && return
     ((${#dropped[@]} == 0)) || unset "${dropped[@]}"
     export "${environment[@]}"
-    start=("$python" "$root/utils/supervise.py" --max-restarts "$restarts")
+    start=("$python" "$root/utils/launch/supervisor.py" --max-restarts "$restarts")
     if [[ $engine == horovod ]]; then
         mapfile -d '' -t allowed < <(allowed_environment)
         exec env -i "${allowed[@]}" "${start[@]}" --tagged -- "${command[@]}"

@@ -14,10 +14,10 @@ import torch
 
 from bench import allreduce, epoch, loader, scaling, step
 from bench.common import Result, Settings, header, header_lines
-from utils.data import DATASETS
+from utils.config.recipes import find_recipe
+from utils.data.datasets import DATASETS
 from utils.errors import BAD_INPUT, FAILED, UserError, command
 from utils.files import make_output, write_atomically, write_text
-from utils.recipes import find_recipe
 
 BENCHMARKS = {
     "loader": loader.run,

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from bench.common import Result, Settings, arm_environment, measure
-from tools.arms import engine_class, engine_command, has_horovod
+from tools.commands import engine_class, engine_command, has_horovod
 from utils.engine import leave
 from utils.files import write_text
 

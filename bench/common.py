@@ -16,8 +16,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from tools.arms import ROOT, clean_environment
-from utils.provenance import git_commit, machine, versions
+from tools.commands import clean_environment
+from utils.files import ROOT
+from utils.runtime.provenance import git_commit, machine, versions
 
 T = TypeVar("T")
 

@@ -22,9 +22,10 @@ from bench.common import (
     timed,
 )
 from bench.step import bare_loop
-from tools.arms import ROOT, engine_command
-from utils.comm import pick_device
-from utils.recipes import Recipe, find_recipe
+from tools.commands import engine_command
+from utils.config.recipes import Recipe, find_recipe
+from utils.distributed.comm import pick_device
+from utils.files import ROOT
 
 BATCH, TEST_BATCH = 128, 100
 EPOCHS = 2

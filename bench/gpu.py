@@ -25,9 +25,9 @@ import torch
 
 from bench.common import Result, arm_environment, header, header_lines, ratio, timed
 from bench.gpu_worker import TEST, TRAIN
+from utils.config.recipes import find_recipe
 from utils.errors import UserError, command
 from utils.files import make_output, write_text
-from utils.recipes import find_recipe
 
 GIB = 2**30
 BUDGET = 510  # seconds in all

@@ -27,20 +27,20 @@ from torch.optim import SGD
 
 from bench import plain
 from bench.common import arm_environment, measure, time_epochs, timed
-from tools.arms import ROOT, engine_command
-from utils import order
-from utils.comm import Comm, Exchange
-from utils.data import Dataset, load_dataset
+from tools.commands import engine_command
+from utils.checkpoint.train_state import Position
+from utils.config.args import parse_args
+from utils.config.recipes import Recipe, find_recipe
+from utils.data import sampling as order
+from utils.data.datasets import Dataset, load_dataset
+from utils.distributed.comm import Comm, Exchange
 from utils.engine import leave
 from utils.errors import FAILED
-from utils.evaluation import evaluate
-from utils.graph import RECORDERS, Recorder, StepGraph
-from utils.memory_format import lay_out
-from utils.metrics import Meter
-from utils.optim import build_optimizer
-from utils.options import parse_args
-from utils.position import Position
-from utils.recipes import Recipe, find_recipe
+from utils.files import ROOT
+from utils.launch.supervisor import end_with_parent
+from utils.metrics.meter import Meter
+from utils.metrics.step_times import StepTimes
+from utils.runtime.memory_format import lay_out
 from utils.startup import (
     build_model,
     build_sets,
@@ -49,10 +49,11 @@ from utils.startup import (
     make_reproducible,
     memory_format_for,
 )
-from utils.step import Step
-from utils.supervise import end_with_parent
-from utils.trace import StepTimes
-from utils.training import train_one_epoch
+from utils.training.cuda_graph import RECORDERS, Recorder, StepGraph
+from utils.training.evaluation import evaluate
+from utils.training.optim import build_optimizer
+from utils.training.step import Step
+from utils.training.trainer import train_one_epoch
 
 TRAIN, TEST = 50_000, 10_000
 RATE = 1e-3  # small: a network that diverges computes with other numbers, at another speed

@@ -9,9 +9,9 @@ from torch.utils.data import DataLoader
 
 from bench.common import Result, Settings, draw_ratios, measure, ratio, timed
 from bench.plain import Images, train_transform
-from utils import order
-from utils.augment import ImageSet
-from utils.data import load_dataset
+from utils.data import sampling as order
+from utils.data.datasets import load_dataset
+from utils.data.image_set import ImageSet
 from utils.startup import PAD
 
 IMAGES = 10_240

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, DistributedSampler
 from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
-from utils.data import Dataset, load_dataset
+from utils.config.args import MODEL_FLAGS, build_parser
+from utils.data.datasets import Dataset, load_dataset
 from utils.engine import leave
 from utils.errors import UserError, command
-from utils.options import MODEL_FLAGS, build_parser
 from utils.startup import build_model
 
 # The flags of cifar.py that this script has too.

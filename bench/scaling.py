@@ -30,12 +30,12 @@ from bench.common import (
     timed,
 )
 from bench.step import Loop, network
-from tools.arms import engine_class, engine_command, has_horovod
-from utils.comm import Comm
+from tools.commands import engine_class, engine_command, has_horovod
+from utils.config.recipes import Recipe, find_recipe
+from utils.distributed.comm import Comm
 from utils.engine import leave
 from utils.files import write_text
-from utils.memory_format import choose
-from utils.recipes import Recipe, find_recipe
+from utils.runtime.memory_format import choose
 
 BATCH = 128  # global
 MODELS = ("alexnet", "resnet20")

@@ -14,21 +14,22 @@ from torch.nn import functional
 from torch.optim import SGD, Optimizer
 
 from bench.common import Ratio, Result, Settings, draw_ratios, measure, ratio, timed
-from utils import order, synthetic
-from utils.allocator import keep_freed_memory
-from utils.augment import ImageSet
-from utils.comm import Comm, Exchange, pick_device
-from utils.interrupt import Interrupt
-from utils.memory_format import lay_out
-from utils.metrics import Meter
-from utils.optim import build_optimizer
-from utils.options import parse_args
-from utils.position import Position
-from utils.recipes import Recipe, find_recipe
+from utils.checkpoint.train_state import Position
+from utils.config.args import parse_args
+from utils.config.recipes import Recipe, find_recipe
+from utils.data import sampling as order
+from utils.data import synthetic
+from utils.data.image_set import ImageSet
+from utils.distributed.comm import Comm, Exchange, pick_device
+from utils.distributed.signals import Interrupt
+from utils.metrics.meter import Meter
+from utils.metrics.step_times import StepTimes
+from utils.runtime.malloc import keep_freed_memory
+from utils.runtime.memory_format import lay_out
 from utils.startup import PAD, build_model, make_reproducible
-from utils.step import Step
-from utils.trace import StepTimes
-from utils.training import train_one_epoch
+from utils.training.optim import build_optimizer
+from utils.training.step import Step
+from utils.training.trainer import train_one_epoch
 
 # Batch on a CPU, where a step of the wide networks with 128 images would take half a minute.
 BATCHES = {

@@ -12,7 +12,8 @@ import pytest
 import torch
 from archives import small_cifar10
 
-from tools.arms import ROOT, SCRIPTS, clean_environment, engine_command, has_horovod
+from tools.commands import SCRIPTS, clean_environment, engine_command, has_horovod
+from utils.files import ROOT
 
 torch.set_num_threads(1)  # other tests run beside this process
 
@@ -156,10 +157,12 @@ def train():
         if engine == "horovod":
             pytest.importorskip("horovod", reason="./setup.sh --horovod builds it")
         script = SCRIPTS[engine].removesuffix(".py")
-        words = engine_command(engine, workers, str(ROOT / "tools" / "planted.py"), fault, script)
+        words = engine_command(
+            engine, workers, str(ROOT / "tools" / "fault_injection.py"), fault, script
+        )
         if engine != "serial":
             tagged = ["--tagged"] if engine == "horovod" else []
-            supervise = [sys.executable, str(ROOT / "utils" / "supervise.py"), *tagged]
+            supervise = [sys.executable, str(ROOT / "utils" / "launch" / "supervisor.py"), *tagged]
             words = [*supervise, "--max-restarts", str(restarts), "--", *words]
         return run([*words, *COMMON, *MODELS[model], "-c", folder, *more])
 

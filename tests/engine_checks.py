@@ -18,17 +18,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import create_model
 from models._dropout import dropout
-from tools.arms import engine_class
-from utils import order
-from utils.augment import ImageSet
-from utils.comm import Comm, Exchange
+from tools.commands import engine_class
+from utils.data import sampling as order
+from utils.data.image_set import ImageSet
+from utils.distributed.comm import Comm, Exchange
+from utils.distributed.sync_batchnorm import convert_sync_batchnorm
 from utils.engine import leave
 from utils.errors import PeerFailed, UserError
-from utils.evaluation import evaluate
-from utils.memory_format import lay_out
-from utils.optim import build_optimizer
-from utils.step import Step
-from utils.sync_batchnorm import convert_sync_batchnorm
+from utils.runtime.memory_format import lay_out
+from utils.training.evaluation import evaluate
+from utils.training.optim import build_optimizer
+from utils.training.step import Step
 
 CPU = torch.device("cpu")
 

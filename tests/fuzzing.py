@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from archives import members_of_cifar10, write_archive
 
-from utils import checkpoint
-from utils.cifar_archive import ARCHIVES, read_archive
+from utils.checkpoint import format as checkpoint
+from utils.data.cifar_archive import ARCHIVES, read_archive
 from utils.errors import UserError
 
 Case = tuple[str, Callable[[], str]]  # its name, and what reads it

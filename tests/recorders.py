@@ -2,7 +2,7 @@
 
     python tests/recorders.py KIND FAULTS SCRIPT ARGUMENTS...
 
-trains as tools/planted.py does, but records each step with a Replayer or a Tape. When its
+trains as tools/fault_injection.py does, but records each step with a Replayer or a Tape. When its
 engine closes, and at its end, every rank prints how often it has replayed, what is left of the
 recordings, what has been asked of the recorder, and when the engine has wrapped the model.
 """
@@ -23,10 +23,11 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools import planted
-from tools.arms import engine_class
-from utils import engine, graph
-from utils.comm import Comm
+from tools import fault_injection
+from tools.commands import engine_class
+from utils import engine
+from utils.distributed.comm import Comm
+from utils.training import cuda_graph as graph
 
 
 def state_of(work: Callable[[], None]) -> dict[str, Tensor]:
@@ -174,7 +175,7 @@ KINDS = {"replayer": Replayer, "tape": Tape, "unable": Unable, "unable-forward":
 
 
 def main() -> int:
-    kind, faults, script, *arguments = planted.arguments()
+    kind, faults, script, *arguments = fault_injection.arguments()
     recorder = KINDS[kind]()
     graph.RECORDERS["cpu"] = lambda device: recorder
     cls = engine_class(script)
@@ -197,7 +198,7 @@ def main() -> int:
         return comm
 
     cls.join = join_with_graphs
-    planted.plant_all(faults)
+    fault_injection.plant_all(faults)
     code = engine.main(cls, arguments)
     recorder.report("ending")
     return code

@@ -30,8 +30,8 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from tools.arms import SCRIPTS, clean_environment, engine_command
-from utils import checkpoint
+from tools.commands import SCRIPTS, clean_environment, engine_command
+from utils.checkpoint import format as checkpoint
 
 FLAGS = [
     "--train-size", "1001", "--test-size", "200", "--train-batch", "64", "--epochs", "10000",
@@ -252,7 +252,11 @@ def train_untouched(engine: str, folder: Path, steps: int, log: Path) -> None:
     """Train so many steps and save then, in the same place: before or after an evaluation."""
     inside = steps % STEPS > 0
     fault = f"kill-{steps}" if inside else f"term-{steps - 2}"
-    script = [str(ROOT / "tools" / "planted.py"), fault, SCRIPTS[engine].removesuffix(".py")]
+    script = [
+        str(ROOT / "tools" / "fault_injection.py"),
+        fault,
+        SCRIPTS[engine].removesuffix(".py"),
+    ]
     arguments = [*RECIPE, "--wd", "1e-4", "-d", "synthetic10", *FLAGS, "-c", str(folder)]
     arguments += ["--schedule", "81", "122", "--gamma", "0.1"]
     arguments += ["--save-every", "1"] if inside else []

@@ -6,7 +6,7 @@ import resource
 import pytest
 from conftest import environment
 
-from utils import allocator
+from utils.runtime import malloc as allocator
 
 FLAGS = [
     "-a", "resnet", "--depth", "8", "-d", "synthetic10", "--train-size", "640", "--epochs", "1",

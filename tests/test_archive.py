@@ -14,13 +14,12 @@ import pytest
 from archives import FOLDER, batch, md5_of, members_of_cifar10, silent, small_cifar10, write_archive
 from conftest import environment
 
-from utils.cifar_archive import ARCHIVES, read_archive, read_folder
-from utils.comm import Comm
-from utils.data import load_dataset
+from utils.data.cifar_archive import ARCHIVES, read_archive, read_folder
+from utils.data.datasets import load_dataset
+from utils.distributed.comm import Comm
 from utils.engine import main
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
 
 
 def complaint_about(path: Path, root: Path) -> str:
@@ -271,7 +270,7 @@ def bomb(path: Path, kind: str) -> None:
 READER = r"""
 import re, sys, time
 from pathlib import Path
-from utils.cifar_archive import ARCHIVES, read_archive
+from utils.data.cifar_archive import ARCHIVES, read_archive
 from utils.errors import UserError
 for name in sys.argv[1:]:
     try:

@@ -18,13 +18,13 @@ from conftest import environment, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tools.arms import has_horovod
-from utils.comm import Comm
+from tools.commands import has_horovod
+from utils.config.args import build_parser, parse_args
+from utils.distributed.comm import Comm
 from utils.engine import main
 from utils.errors import UserError, one_line
-from utils.options import build_parser, parse_args
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
 
 # The same cases every time; a slow machine is no failure.

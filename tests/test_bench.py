@@ -25,12 +25,14 @@ from bench.common import (
 from bench.epoch import summary
 from cifar import TorchComm
 from models import create_model
-from tools.arms import ROOT, engine_command
-from utils import checkpoint, synthetic
+from tools.commands import engine_command
 from utils import engine as program
-from utils.augment import ImageSet
+from utils.checkpoint import format as checkpoint
+from utils.config.recipes import Recipe, find_recipe
+from utils.data import synthetic
+from utils.data.image_set import ImageSet
 from utils.errors import UserError
-from utils.recipes import Recipe, find_recipe
+from utils.files import ROOT
 from utils.startup import PAD
 
 TINY = Settings(rounds=2, scale=0.02, loaders=1)

@@ -5,7 +5,6 @@ import json
 import random
 import shutil
 import zipfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,13 +13,12 @@ from archives import silent
 from PIL import Image
 from torch import nn
 
-from utils import data as data_module
-from utils import synthetic
-from utils.augment import ImageSet
-from utils.data import _measured, _read_cache, load_dataset
+from utils.data import datasets as data_module
+from utils.data import synthetic
+from utils.data.datasets import _measured, _read_cache, load_dataset
+from utils.data.image_set import ImageSet
 from utils.errors import UserError
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
 
 
 def test_a_part_of_the_data_is_the_same_in_every_run(cifar10, tmp_path):
@@ -262,7 +260,7 @@ def test_leftovers_of_a_killed_process_are_cleared(load, cache):
 OTHER_DATA = """
 import os, sys
 sys.path[0] = {root!r}
-from tools.arms import engine_class
+from tools.commands import engine_class
 from utils import engine
 words = [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
 real = engine.load_dataset

@@ -3,17 +3,16 @@
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from models import create_model
+from utils.config.args import build_parser, model_arguments_of, parse_args
+from utils.config.recipes import find_recipe, load_recipes, run_name
 from utils.errors import UserError
-from utils.options import build_parser, model_arguments_of, parse_args
-from utils.recipes import find_recipe, load_recipes, run_name
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 READMES = ("README.md", "README.zh-CN.md")
 
 

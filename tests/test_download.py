@@ -10,18 +10,17 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import pytest
 from archives import silent
 from conftest import environment
 from conftest import run as run_command
 
-from utils import download as download_module
-from utils.data import load_dataset
+from utils.data import download as download_module
+from utils.data.datasets import load_dataset
 from utils.errors import UserError
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 NAME = "cifar-10-python.tar.gz"
 
 
@@ -186,7 +185,7 @@ class Server:
 @pytest.fixture
 def server(cifar10, monkeypatch):
     """A server of the small archive; the official address leads nowhere."""
-    monkeypatch.setattr("utils.data.SERVER", "http://127.0.0.1:9/")
+    monkeypatch.setattr("utils.data.datasets.SERVER", "http://127.0.0.1:9/")
     monkeypatch.setattr(download_module, "TIMEOUT", 10.0)
     monkeypatch.setattr(download_module, "PAUSE", 0.01)
     monkeypatch.setenv("no_proxy", "*")
@@ -284,7 +283,7 @@ def test_what_one_mirror_began_does_not_spoil_the_next(server, cifar10, tmp_path
 
 def test_a_part_that_is_complete_needs_no_server(cifar10, tmp_path, monkeypatch):
     """An earlier run was killed between the last byte and the renaming."""
-    monkeypatch.setattr("utils.data.SERVER", "http://127.0.0.1:9/")
+    monkeypatch.setattr("utils.data.datasets.SERVER", "http://127.0.0.1:9/")
     (tmp_path / "d").mkdir()
     shutil.copy(cifar10[0], tmp_path / "d" / f"{NAME}.part")
     load_dataset("cifar10", tmp_path / "d", md5=cifar10[1], notify=silent)
@@ -320,7 +319,7 @@ def test_a_redirect_from_https_to_http_is_not_followed(
 
 
 def test_without_network_the_ways_out_are_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("utils.data.SERVER", "http://127.0.0.1:9/")
+    monkeypatch.setattr("utils.data.datasets.SERVER", "http://127.0.0.1:9/")
     with pytest.raises(UserError) as caught:
         load_dataset("cifar10", tmp_path / "d", notify=silent)
     for way_out in ("--data-url", "--data-archive", "-d folder", "-d synthetic10"):
@@ -332,7 +331,7 @@ def test_without_network_the_ways_out_are_named(tmp_path, monkeypatch):
 
 LOADER = """
 import sys
-from utils import data
+from utils.data import datasets as data
 data.SERVER = "http://127.0.0.1:9/"
 found = data.load_dataset("cifar10", sys.argv[1], urls=[sys.argv[2]], md5=sys.argv[3])
 print(len(found.train_labels))

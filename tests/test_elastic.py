@@ -8,7 +8,7 @@ import pytest
 from conftest import COMMON, MODELS, ROOT, environment, wait_until
 from soak import workers_below
 
-from utils import checkpoint
+from utils.checkpoint import format as checkpoint
 
 PRECISE = [*COMMON, *MODELS["alexnet"], "--dtype", "float64", "--epochs", "4"]
 

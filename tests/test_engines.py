@@ -1,19 +1,18 @@
-"""The contract of utils/comm.py on every engine, and the seam below the two scripts."""
+"""The contract of utils/distributed/comm.py on every engine, and the seam below the two scripts."""
 
 import json
 import re
 import sys
 from functools import partial
-from pathlib import Path
 
 import pytest
 from conftest import environment
 
 import engine_checks
-from tools.arms import free_port, has_horovod
-from utils.comm import restarts_by_launcher
+from tools.commands import free_port, has_horovod
+from utils.distributed.comm import restarts_by_launcher
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
 
 
@@ -47,7 +46,7 @@ joined = hvd.is_initialized
 }
 JOIN = """
 import os
-from utils.comm import Comm
+from utils.distributed.comm import Comm
 for wanted, kept in ((Comm, ""), (Engine, "1")):
     os.environ["CIFAR_KEEP_DDP"] = kept
     comm = Engine.join()

@@ -13,11 +13,11 @@ from conftest import environment, marked_processes, run
 from PIL import Image
 
 from cifar import TorchComm
-from tools.arms import has_horovod
-from utils import checkpoint
+from tools.commands import has_horovod
+from utils.checkpoint import format as checkpoint
 from utils.engine import main
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
 
 QUICK = (

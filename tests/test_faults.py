@@ -15,11 +15,10 @@ from conftest import COMMON, MODELS, environment, run, wait_until
 from soak import workers_below
 from test_resume import same
 
-from tools.arms import ROOT
-from utils import checkpoint
+from utils.checkpoint import format as checkpoint
 from utils.errors import NotFinite, UserError
-from utils.files import FolderInUse, lock_folder, unlock_folder
-from utils.metrics import Meter
+from utils.files import ROOT, FolderInUse, lock_folder, unlock_folder
+from utils.metrics.meter import Meter
 
 CPU = torch.device("cpu")
 
@@ -344,7 +343,7 @@ class TestRestarts:
         # --standalone: with the static rendezvous torch 2.15 itself hangs in the second round.
         words = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            "--max_restarts=1", "--log-dir", tmp_path / "log", ROOT / "tools" / "planted.py",
+            "--max_restarts=1", "--log-dir", tmp_path / "log", ROOT / "tools" / "fault_injection.py",
             "kill-one-5", "cifar",
         ]  # fmt: skip
         flags = [*COMMON, *MODELS["resnet"], "-c", folder, "--overwrite"]
@@ -370,7 +369,7 @@ class TestRestarts:
 
 
 def test_a_meter_goes_on_from_the_rows_of_other_workers():
-    from utils.comm import Comm
+    from utils.distributed.comm import Comm
 
     comm, meter = Comm(), Meter(CPU)
     meter.start_from([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]], comm)
@@ -378,9 +377,9 @@ def test_a_meter_goes_on_from_the_rows_of_other_workers():
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    from utils.comm import Comm
-    from utils.optim import build_optimizer
-    from utils.position import Position
+    from utils.checkpoint.train_state import Position
+    from utils.distributed.comm import Comm
+    from utils.training.optim import build_optimizer
 
     model = torch.nn.Linear(2, 2)
     saver = checkpoint.Saver(

@@ -16,14 +16,18 @@ from recorders import Replayer, Tape
 from test_resume import same
 
 from bench import gpu, gpu_worker
-from tools.arms import ROOT, engine_command
-from utils import checkpoint, graph, order, synthetic
-from utils.augment import ImageSet
-from utils.comm import Comm
-from utils.data import load_dataset
-from utils.plot import read_log
-from utils.recipes import Recipe
+from tools.commands import engine_command
+from utils.checkpoint import format as checkpoint
+from utils.config.recipes import Recipe
+from utils.data import sampling as order
+from utils.data import synthetic
+from utils.data.datasets import load_dataset
+from utils.data.image_set import ImageSet
+from utils.distributed.comm import Comm
+from utils.files import ROOT
+from utils.metrics.plot import read_log
 from utils.startup import PAD
+from utils.training import cuda_graph as graph
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 CPU = pytest.param("cpu", marks=pytest.mark.slow)
@@ -143,7 +147,7 @@ def test_one_launched_worker_trains_what_the_serial_engine_trains(train, device)
 
 
 def planted(fault):
-    return str(ROOT / "tools" / "planted.py"), fault, "cifar"
+    return str(ROOT / "tools" / "fault_injection.py"), fault, "cifar"
 
 
 # A step of Python beside the graph: warm-up and recording are numbers 0 to 3, or 0 to 11 with NCCL.

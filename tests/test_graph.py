@@ -21,20 +21,23 @@ from torch._subclasses.fake_tensor import (
 )
 
 from models import create_model
-from tools.arms import ROOT, engine_command
-from utils import checkpoint, order, synthetic
-from utils.augment import ImageSet
-from utils.comm import Comm, Exchange
-from utils.graph import CudaRecorder, StepGraph, wants_graph
-from utils.interrupt import Interrupt
-from utils.metrics import Meter
-from utils.optim import build_optimizer, set_learning_rate
-from utils.position import Position
+from tools.commands import engine_command
+from utils.checkpoint import format as checkpoint
+from utils.checkpoint.train_state import Position
+from utils.data import sampling as order
+from utils.data import synthetic
+from utils.data.image_set import ImageSet
+from utils.distributed.comm import Comm, Exchange
+from utils.distributed.signals import Interrupt
+from utils.files import ROOT
+from utils.launch.heartbeat import Watch
+from utils.metrics.meter import Meter
+from utils.metrics.step_times import StepTimes
 from utils.startup import PAD
-from utils.step import Step, seed_generators
-from utils.trace import StepTimes
-from utils.training import train_one_epoch
-from utils.watch import Watch
+from utils.training.cuda_graph import CudaRecorder, StepGraph, wants_graph
+from utils.training.optim import build_optimizer, set_learning_rate
+from utils.training.step import Step, seed_generators
+from utils.training.trainer import train_one_epoch
 
 BATCH, COUNT = 8, 44  # five batches and a rest of four
 
@@ -176,7 +179,12 @@ def recorded(tmp_path):
         words = [str(ROOT / "tests" / "recorders.py"), kind, faults, "cifar"]
         words = engine_command("serial" if workers == 1 else "dist", workers, *words)
         if restarts is not None:
-            supervise = [words[0], ROOT / "utils" / "supervise.py", "--max-restarts", restarts]
+            supervise = [
+                words[0],
+                ROOT / "utils" / "launch" / "supervisor.py",
+                "--max-restarts",
+                restarts,
+            ]
             words = [*supervise, "--", *words]
         result = run([*words, *COMMON, *MODELS[model], "-c", folder, "--trace", trace, *more])
         assert result.returncode == code, result.stdout + result.stderr

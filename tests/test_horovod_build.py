@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
+
 SCRIPT = ROOT / "tools/build_horovod.sh"
 PATCH = ROOT / "tools/horovod-0.28.1.patch"
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "cifar-allreduce/horovod"

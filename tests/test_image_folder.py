@@ -17,13 +17,12 @@ from archives import silent
 from conftest import environment
 from PIL import Image
 
-from utils.comm import Comm
-from utils.data import load_dataset
+from utils.data.datasets import load_dataset
+from utils.data.image_folder import read_image
+from utils.distributed.comm import Comm
 from utils.engine import main
 from utils.errors import UserError
-from utils.image_folder import read_image
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
 
 
 def save(path: Path, image: Image.Image, **options) -> None:
@@ -239,7 +238,7 @@ def test_the_program_says_so_in_one_line_and_writes_nothing(images, tmp_path, ca
 
 LOADER = """
 import sys
-from utils.data import load_dataset
+from utils.data.datasets import load_dataset
 from utils.errors import UserError
 try:
     print(len(load_dataset("folder", sys.argv[1]).train_labels))

@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 from conftest import environment, run
 
-from utils.data import DATASETS
-from utils.options import parse_args
-from utils.recipes import load_recipes
+from utils.config.args import parse_args
+from utils.config.recipes import load_recipes
+from utils.data.datasets import DATASETS
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
 OURS = (
     "setup.sh", "launcher.sh", "recipes.tsv", "requirements.txt", "requirements-dev.txt", "utils",
-    "loopback",
 )  # fmt: skip
 
 # Stands in for cifar.py: every worker writes down what has reached it.
@@ -165,7 +164,7 @@ class TestPrintedCommand:
         env, start, arguments = dry_run(
             launch, "-m", "alexnet", "-n", "2", "--port=41234", cwd=ROOT, OMP_NUM_THREADS="3"
         )
-        path = str(ROOT / "loopback")
+        path = str(ROOT / "utils" / "launch" / "loopback")
         assert env.pop("PYTHONPATH").split(":")[0] == path
         assert env == {"OMP_NUM_THREADS": "3", "GLOO_SOCKET_IFNAME": "lo"}
         assert start[1:] == shlex.split(

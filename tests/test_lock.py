@@ -1,12 +1,12 @@
 """requirements.lock pins what the requirements ask for, with digests."""
 
 import re
-from pathlib import Path
 
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
+
 # What the lock is for.
 KIND = {
     "python_version": "3.11", "python_full_version": "3.11.0", "sys_platform": "linux",

@@ -10,7 +10,7 @@ from torch import nn
 
 from models import ModelError, create_model, identify, list_models, model_arguments, register
 from models._registry import _factories
-from utils.options import model_arguments_of, parse_args
+from utils.config.args import model_arguments_of, parse_args
 
 # Parameter counts, and names and shapes in order, of checkpoints of bearpaw-style scripts.
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "state_dicts.json").read_text())

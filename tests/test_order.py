@@ -5,8 +5,8 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as reference
 
-from utils import order
-from utils.augment import ImageSet
+from utils.data import sampling as order
+from utils.data.image_set import ImageSet
 
 
 def test_the_order_of_an_epoch_is_a_permutation_and_differs_between_epochs_and_seeds():

@@ -4,12 +4,12 @@ import pytest
 import torch
 
 from models import create_model
-from utils import synthetic
-from utils.augment import ImageSet
-from utils.comm import Comm, Exchange
-from utils.memory_format import lay_out
-from utils.optim import build_optimizer
-from utils.step import Step
+from utils.data import synthetic
+from utils.data.image_set import ImageSet
+from utils.distributed.comm import Comm, Exchange
+from utils.runtime.memory_format import lay_out
+from utils.training.optim import build_optimizer
+from utils.training.step import Step
 
 RATE = 1e-4  # small, or the networks amplify differences in rounding
 

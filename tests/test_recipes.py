@@ -2,15 +2,13 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from utils.config.args import parse_args
+from utils.config.recipes import find_recipe, load_recipes
 from utils.errors import UserError
-from utils.options import parse_args
-from utils.recipes import find_recipe, load_recipes
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
 
 # The commands behind the published figures, as their users type them.
 PUBLISHED = {
@@ -83,5 +81,5 @@ def test_a_wrong_line_is_named_with_its_column(line, words, tmp_path):
 
 def test_recipes_are_read_without_heavy_imports():
     """launcher.sh asks before anything is installed."""
-    code = "import sys, utils.recipes; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
+    code = "import sys, utils.config.recipes; sys.exit(bool({'torch', 'numpy'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

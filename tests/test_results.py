@@ -6,9 +6,9 @@ import shutil
 import pytest
 
 from tools import cost, results
-from tools.arms import ROOT
+from utils.config.recipes import find_recipe
 from utils.errors import UserError
-from utils.recipes import find_recipe
+from utils.files import ROOT
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import torch
 from conftest import COMMON, MODELS, environment
 
 from tools import verify
-from tools.arms import ROOT, engine_command
-from tools.planted import MISTAKES
-from utils import checkpoint
+from tools.commands import engine_command
+from tools.fault_injection import MISTAKES
+from utils.checkpoint import format as checkpoint
+from utils.config.args import parse_args
 from utils.errors import UserError
-from utils.options import parse_args
+from utils.files import ROOT
 from utils.startup import Saved, start_position
 
 STEPS = 2 * 7  # 197 images in batches of 32, two epochs
@@ -119,7 +120,7 @@ def test_a_run_goes_on_inside_an_epoch_with_other_workers_of_another_engine(
 
 def test_replicas_that_come_apart_are_noticed(run, tmp_path):
     """The last bit of one value on one worker: rank and tensor are named."""
-    words = engine_command("dist", 2, str(ROOT / "tools" / "planted.py"), "flip-2", "cifar")
+    words = engine_command("dist", 2, str(ROOT / "tools" / "fault_injection.py"), "flip-2", "cifar")
     result = run(
         [*words, *COMMON, *MODELS["alexnet"], "-c", tmp_path / "r", "--check-replicas", "4"]
     )

@@ -15,9 +15,9 @@ import pytest
 from conftest import environment, kill, marked_processes
 from torch.distributed import TCPStore
 
-from tools.arms import has_horovod
+from tools.commands import has_horovod
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 LAUNCHER = ROOT / "launcher.sh"
 FILES = [
     path
@@ -36,8 +36,8 @@ DANGEROUS = re.compile(
 
 # The places where a word of it is right, each with its reason.
 ALLOWED = {
-    ("utils/cifar_archive.py", "pickle._Unpickler"),  # a subclass that builds arrays only
-    ("utils/checkpoint.py", "torch.load without weights_only=True"),  # --trust-checkpoint
+    ("utils/data/cifar_archive.py", "pickle._Unpickler"),  # a subclass that builds arrays only
+    ("utils/checkpoint/format.py", "torch.load without weights_only=True"),  # --trust-checkpoint
     ("tests/test_archive.py", "pickle.loads"),  # of what the test has made
     ("tests/test_archive.py", "os.system"),  # payloads of hostile files, from here on
     ("tests/fuzzing.py", "os.system"),

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import environment, run
 
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""utils/supervise.py beside stand-ins for a launcher, and beside torch.distributed.launch."""
+"""utils/launch/supervisor.py beside stand-ins for a launcher, and torch.distributed.launch."""
 
 import os
 import pty
@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, engine_command, environment, marked_processes, run, wait_until
 
-from tools.arms import has_horovod
-from utils.screen import Failure, Screen, root_cause
+from tools.commands import has_horovod
+from utils.launch.output import Failure, Screen, root_cause
 
-SUPERVISE = ROOT / "utils" / "supervise.py"
+SUPERVISE = ROOT / "utils" / "launch" / "supervisor.py"
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def command_of(path, *options):
 
 
 def impatient(command, **seconds):
-    """The same command with other time limits in utils/supervise.py."""
+    """The same command with other time limits in utils/launch/supervisor.py."""
     changes = "".join(f"supervise.{name} = {value}\n" for name, value in seconds.items())
     body = f"from utils import supervise\n{changes}supervise.sys.exit(supervise.main({{!r}}))"
     return [sys.executable, "-c", body.format([str(word) for word in command[2:]])]
@@ -324,7 +324,7 @@ class TestRestarts:
 # Workers that say who they are, and leave a moment after they have been asked to.
 WATCHED = f"""
 sys.path.insert(0, {str(ROOT)!r})
-from utils.watch import Watch
+from utils.launch.heartbeat import Watch
 
 LAUNCH
 asked = []

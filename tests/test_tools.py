@@ -10,8 +10,10 @@ import torch
 from PIL import Image
 
 from models import create_model
-from tools.arms import ROOT, has_horovod
-from utils import checkpoint, synthetic
+from tools.commands import has_horovod
+from utils.checkpoint import format as checkpoint
+from utils.data import synthetic
+from utils.files import ROOT
 
 
 @pytest.fixture(scope="module")

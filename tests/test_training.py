@@ -2,20 +2,18 @@
 
 import json
 import re
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import run
 
 from cifar import TorchComm
-from tools.arms import SCRIPTS, engine_command, has_horovod
-from utils import checkpoint
+from tools.commands import SCRIPTS, engine_command, has_horovod
+from utils.checkpoint import format as checkpoint
 from utils.engine import main
-from utils.logger import LOG_COLUMNS
-from utils.plot import read_log
-
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
+from utils.metrics.plot import read_log
+from utils.metrics.run_log import LOG_COLUMNS
 
 # A run of a few seconds: part of the synthetic data.
 QUICK = "-d synthetic10 --train-size 400 --test-size 101 --train-batch 64 --epochs 2".split()

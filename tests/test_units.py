@@ -13,16 +13,17 @@ import torch
 from torch import nn
 
 from models import create_model
-from utils import checkpoint, memory_format
-from utils.comm import Comm, Exchange
+from utils.checkpoint import format as checkpoint
+from utils.config.args import build_parser, parse_args, warnings
+from utils.distributed.comm import Comm, Exchange
 from utils.errors import UserError
-from utils.logger import LOG_COLUMNS, RunLog
-from utils.metrics import Meter, Metrics
-from utils.optim import Schedule, build_optimizer, scaled_rate
-from utils.options import build_parser, parse_args, warnings
-from utils.plot import draw, read_log
+from utils.metrics.meter import Meter, Metrics
+from utils.metrics.plot import draw, read_log
+from utils.metrics.run_log import LOG_COLUMNS, RunLog
+from utils.metrics.step_times import StepTimes
+from utils.runtime import memory_format
 from utils.startup import Saved, memory_format_for
-from utils.trace import StepTimes
+from utils.training.optim import Schedule, build_optimizer, scaled_rate
 
 
 class TestOptions:

@@ -1,4 +1,4 @@
-"""utils/watch.py: what a supervisor learns from its workers, and from nobody else."""
+"""utils/launch/heartbeat.py: what a supervisor learns from its workers, and from nobody else."""
 
 import os
 import socket
@@ -10,7 +10,7 @@ from contextlib import closing, contextmanager
 import pytest
 from conftest import ROOT, environment, run, wait_until
 
-from utils.watch import VARIABLE, Listener
+from utils.launch.heartbeat import VARIABLE, Listener
 
 
 @pytest.fixture
@@ -21,7 +21,11 @@ def listener():
 
 def words(body):
     """The command of a worker: what it does line by line, with a Watch at hand."""
-    return [sys.executable, "-c", f"import os, sys, time\nfrom utils.watch import Watch\n{body}"]
+    return [
+        sys.executable,
+        "-c",
+        f"import os, sys, time\nfrom utils.launch.heartbeat import Watch\n{body}",
+    ]
 
 
 @contextmanager
@@ -147,7 +151,7 @@ class TestWithoutSupervisor:
     def test_a_rank_that_stands_still_shows_its_stack_and_ends(self, name):
         env = environment(**({VARIABLE: name} if name else {}))
         body = (
-            "import utils.watch\nutils.watch._LATER = 0.2\nw = Watch()\nw.begin(0, 0.3)\n"
+            "import utils.launch.heartbeat\nutils.launch.heartbeat._LATER = 0.2\nw = Watch()\nw.begin(0, 0.3)\n"
             "def forever():\n    time.sleep(60)\n"
             "w.beat('a')\nw.idle()\ntime.sleep(0.8)\nw.beat('b')\nprint('alive', flush=True)\n"
             "forever()"
@@ -159,7 +163,7 @@ class TestWithoutSupervisor:
 
     def test_a_rank_that_goes_on_or_leaves_is_left_alone(self):
         body = (
-            "import utils.watch\nutils.watch._LATER = 0\nw = Watch()\nw.begin(0, 1.3)\n"
+            "import utils.launch.heartbeat\nutils.launch.heartbeat._LATER = 0\nw = Watch()\nw.begin(0, 1.3)\n"
             "for k in range(9):\n    w.beat('step')\n    time.sleep(0.2)\n"
             "w.leave(0)\ntime.sleep(1.5)"
         )

@@ -20,12 +20,11 @@ from typing import Any
 
 import torch
 
-from utils import checkpoint
+from utils.checkpoint import format as checkpoint
+from utils.config.recipes import find_recipe
 from utils.errors import BAD_INPUT, FAILED, command
-from utils.files import make_output, write_atomically, write_text
-from utils.recipes import find_recipe
+from utils.files import ROOT, make_output, write_atomically, write_text
 
-ROOT = Path(__file__).resolve().parent.parent
 ENGINES = ("one process", "dist", "horovod")
 
 

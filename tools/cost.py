@@ -11,9 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import create_model
+from utils.config.args import model_arguments_of, parse_args
+from utils.config.recipes import Recipe, find_recipe
 from utils.errors import command
-from utils.options import model_arguments_of, parse_args
-from utils.recipes import Recipe, find_recipe
 
 TRAIN = 50_000
 KERNEL_SECONDS = 2.2e-6  # of one kernel in a graph

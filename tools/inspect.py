@@ -14,7 +14,7 @@ from typing import Any
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from models import identify
-from utils import checkpoint
+from utils.checkpoint import format as checkpoint
 from utils.errors import command
 
 

@@ -18,7 +18,8 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
+from utils.files import ROOT
+
 LOCK = ROOT / "requirements.lock"
 FILES = ("--requirement=requirements.txt", "--requirement=requirements-dev.txt")
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from torch import nn
 
 from models import create_model, identify
-from utils import checkpoint
-from utils.data import TRUE_STATISTICS
+from utils.checkpoint import format as checkpoint
+from utils.data.datasets import TRUE_STATISTICS
 from utils.errors import UserError
 
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from tools.network import load_network
-from utils.augment import ImageSet
+from utils.data.image_folder import read_image
+from utils.data.image_set import ImageSet
 from utils.errors import command
-from utils.image_folder import read_image
 
 
 @command

@@ -6,13 +6,12 @@ python -m tools.readme --check   says which file is out of date, exit code 1
 
 import argparse
 import sys
-from pathlib import Path
 
 from tools import results
-from utils.options import build_parser
-from utils.recipes import load_recipes
+from utils.config.args import build_parser
+from utils.config.recipes import load_recipes
+from utils.files import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 FILES = ("README.md", "README.zh-CN.md", "docs/results/README.md")
 
 

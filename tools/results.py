@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.config.recipes import Recipe, load_recipes
 from utils.errors import UserError, command
-from utils.files import write_text
-from utils.recipes import Recipe, load_recipes
+from utils.files import ROOT, write_text
 
-FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
+FOLDER = ROOT / "docs" / "results"
 COPIED = ("log.txt", "metrics.jsonl")
 NONE_YET = "No whole run has been published yet."
 LEGEND = (
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 def beyond(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
     """The flags by which a run differs from its recipe, other than those that change no result."""
-    from utils.options import build_parser, parse_args  # imports torch; the state needs none
+    from utils.config.args import build_parser, parse_args  # imports torch; the state needs none
 
     usual = vars(parse_args(recipe.flags))
     words: list[str] = []
@@ -81,8 +81,8 @@ def summary(folder: Path, images: str | None) -> dict[str, Any]:
     Raises:
         UserError: no run, not a recipe's, not trained to its end, or without a test accuracy.
     """
-    from utils.options import model_arguments_of
-    from utils.recipes import run_name
+    from utils.config.args import model_arguments_of
+    from utils.config.recipes import run_name
 
     about, rows = read_run(folder)
     options = about["options"]

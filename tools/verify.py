@@ -27,9 +27,10 @@ from typing import Any
 
 import torch
 
-from tools.arms import ROOT, SCRIPTS, clean_environment, engine_command, has_horovod
-from tools.planted import MISTAKES
-from utils import checkpoint
+from tools.commands import SCRIPTS, clean_environment, engine_command, has_horovod
+from tools.fault_injection import MISTAKES
+from utils.checkpoint import format as checkpoint
+from utils.files import ROOT
 
 FAILED = 1
 COMMON = [
@@ -94,7 +95,7 @@ class Runner:
         folder: Path,
         mistake: str,
         on_gpus: bool,
-        program: tuple[str, ...] = (str(ROOT / "tools" / "planted.py"),),
+        program: tuple[str, ...] = (str(ROOT / "tools" / "fault_injection.py"),),
     ) -> None:
         self.folder = folder
         self.mistake = mistake

@@ -1,7 +1,7 @@
 """The program behind both scripts: set up a run, then train or evaluate.
 
-Read ``run`` first, then utils/training.py. Everything that differs between the engines is behind
-``comm`` (utils/comm.py); a line that communicates says what it does.
+Read ``run`` first, then utils/training/trainer.py. Everything that differs between the engines is behind
+``comm`` (utils/distributed/comm.py); a line that communicates says what it does.
 """
 
 import argparse
@@ -18,14 +18,13 @@ from typing import NoReturn
 import torch
 
 from models import model_arguments
-from utils import checkpoint, order
-from utils.agreement import check_agreement, code, contents, flags
-from utils.allocator import keep_freed_memory
-from utils.comm import Comm, Exchange
-from utils.confusion import Confusion
-from utils.console import open_streams
-from utils.console import say as say_line
-from utils.data import load_dataset
+from utils.checkpoint import format as checkpoint
+from utils.config.args import model_arguments_of, parse_args, warnings
+from utils.data import sampling as order
+from utils.data.datasets import load_dataset
+from utils.distributed.comm import Comm, Exchange
+from utils.distributed.consistency import check_agreement, code, contents, flags
+from utils.distributed.sync_batchnorm import convert_sync_batchnorm
 from utils.errors import (
     BAD_INPUT,
     CRASHED,
@@ -37,16 +36,18 @@ from utils.errors import (
     TrainingError,
     UserError,
 )
-from utils.estimate import estimate
-from utils.evaluation import evaluate_on, report_end, report_evaluation
 from utils.files import unlock_folder
-from utils.graph import RECORDERS, StepGraph, wants_graph
-from utils.logger import RunLog, check_tensorboard
-from utils.memory_format import lay_out
-from utils.metrics import Meter
-from utils.optim import Schedule, build_optimizer, scaled_rate
-from utils.options import model_arguments_of, parse_args, warnings
-from utils.provenance import write_args
+from utils.launch.heartbeat import Watch
+from utils.log import open_streams
+from utils.log import say as say_line
+from utils.metrics.confusion import Confusion
+from utils.metrics.meter import Meter
+from utils.metrics.run_log import RunLog, check_tensorboard
+from utils.metrics.step_times import StepTimes
+from utils.runtime.estimate import estimate
+from utils.runtime.malloc import keep_freed_memory
+from utils.runtime.memory_format import lay_out
+from utils.runtime.provenance import write_args
 from utils.startup import (
     build_model,
     build_sets,
@@ -66,11 +67,11 @@ from utils.startup import (
     start_text,
     usable_precision,
 )
-from utils.step import Step
-from utils.sync_batchnorm import convert_sync_batchnorm
-from utils.trace import StepTimes
-from utils.training import Training
-from utils.watch import Watch
+from utils.training.cuda_graph import RECORDERS, StepGraph, wants_graph
+from utils.training.evaluation import evaluate_on, report_end, report_evaluation
+from utils.training.optim import Schedule, build_optimizer, scaled_rate
+from utils.training.step import Step
+from utils.training.trainer import Training
 
 
 def main(engine: type[Comm], argv: Sequence[str] | None = None) -> int:

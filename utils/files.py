@@ -12,6 +12,9 @@ from typing import IO, Any
 
 from utils.errors import UserError
 
+# The folder of the project, which holds cifar.py.
+ROOT = Path(__file__).resolve().parent.parent
+
 _SUFFIX = ".tmp"
 _LOCK = ".lock"
 

@@ -16,12 +16,15 @@ import torch
 from torch import nn
 
 from models import ModelError, create_model
-from utils import checkpoint, order
-from utils.augment import ImageSet, keep_on_device
-from utils.comm import Comm
-from utils.data import Dataset
+from utils.checkpoint import format as checkpoint
+from utils.checkpoint.train_state import Position
+from utils.config.args import MODEL_FLAGS, model_arguments_of, of_the_run
+from utils.config.recipes import run_name
+from utils.data import sampling as order
+from utils.data.datasets import Dataset
+from utils.data.image_set import ImageSet, keep_on_device
+from utils.distributed.comm import Comm
 from utils.errors import UserError
-from utils.estimate import in_bytes, node_memory
 from utils.files import (
     FolderInUse,
     check_writable,
@@ -29,11 +32,9 @@ from utils.files import (
     lock_folder,
     unlock_folder,
 )
-from utils.memory_format import FORMATS, choose
-from utils.options import MODEL_FLAGS, model_arguments_of, of_the_run
-from utils.position import Position
-from utils.precision import cpu_runs_bf16
-from utils.recipes import run_name
+from utils.runtime.estimate import in_bytes, node_memory
+from utils.runtime.memory_format import FORMATS, choose
+from utils.runtime.precision import cpu_runs_bf16
 
 PAD = 4  # pixels that a random crop may reach beyond the image, as in all published recipes
 

@@ -1,0 +1,172 @@
+"""The recipes of recipes.tsv: names, aliases, and the folder name of a run.
+
+For launcher.sh:
+
+    python -m utils.config.recipes find NAME   prints the recipe's name, then its flags
+    python -m utils.config.recipes list        prints the table
+"""
+
+import difflib
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.errors import BAD_INPUT, UserError
+from utils.files import ROOT
+
+FILE = ROOT / "recipes.tsv"
+COLUMNS = ("recipe", "flags", "parameters", "authors", "bearpaw")
+
+# Test error in per cent on CIFAR-10 / CIFAR-100, "-" where nothing is published.
+_ERRORS = re.compile(r"-|\d+\.\d+ / (-|\d+\.\d+)")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A line of recipes.tsv.
+
+    Attributes:
+        name: what ``launcher.sh -m`` takes.
+        flags: for cifar.py.
+        parameters: of the network for 10 classes.
+        authors, bearpaw: published test error on CIFAR-10 / CIFAR-100 in per cent, "-" for none.
+    """
+
+    name: str
+    flags: tuple[str, ...]
+    parameters: int
+    authors: str
+    bearpaw: str
+
+
+def load_recipes(path: Path = FILE) -> dict[str, Recipe]:
+    """All recipes by name, in the file's order.
+
+    Raises:
+        ValueError: names the line and the column that are wrong.
+    """
+    recipes: dict[str, Recipe] = {}
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        where = f"{path}, line {number}"
+        recipe = _read_line(line, where)
+        if recipe.name in recipes:
+            raise ValueError(f"{where}: {recipe.name} stands there twice")
+        recipes[recipe.name] = recipe
+    return recipes
+
+
+def _read_line(line: str, where: str) -> Recipe:
+    fields = line.split("\t")
+    if len(fields) != len(COLUMNS):
+        wanted = ", ".join(COLUMNS)
+        raise ValueError(f"{where}: {len(fields)} columns; give {wanted}, one tab between two")
+    name, flags, parameters, authors, bearpaw = fields
+    try:
+        words = tuple(shlex.split(flags))
+    except ValueError:
+        words = ()
+    fits = {
+        "recipe": (name, re.fullmatch(r"[a-z][a-z0-9_]*", name), "give a-z, 0-9 and _"),
+        "flags": (flags, words[:1] == ("-a",), "give the flags for cifar.py, -a MODEL first"),
+        "parameters": (parameters, parameters.isdecimal(), "give a whole number"),
+        "authors": (authors, _ERRORS.fullmatch(authors), "give '-' or such as '8.75 / -'"),
+        "bearpaw": (bearpaw, _ERRORS.fullmatch(bearpaw), "give '-' or such as '8.75 / -'"),
+    }
+    for column, (value, good, fix) in fits.items():
+        if not good:
+            raise ValueError(f"{where}: {column} {value!r}; {fix}")
+    return Recipe(name, words, int(parameters), authors, bearpaw)
+
+
+def _plain(name: str) -> str:
+    """A name without what people write differently: resnet-110, ResNet_110, resnet110."""
+    return re.sub(r"[-_ ]", "", name.lower())
+
+
+def _parts(name: str) -> list[str]:
+    """A name's words and numbers: wrn28_10_drop is wrn, 28, 10, drop."""
+    return re.findall(r"[a-z]+|\d+", name.lower())
+
+
+def find_recipe(name: str) -> Recipe:
+    """The recipe of a name or one of its spellings.
+
+    Raises:
+        UserError: no such recipe; names the closest, or those of a family.
+    """
+    recipes = load_recipes()
+    spellings = {_plain(known): recipe for known, recipe in recipes.items()}
+    if _plain(name) in spellings:
+        return spellings[_plain(name)]
+    parts = _parts(name)
+    family = [known for known in recipes if parts and _parts(known)[: len(parts)] == parts]
+    if family:
+        raise UserError(f"-m {name}: {name} has the recipes {', '.join(family)}; name one of them")
+    near = difflib.get_close_matches(_plain(name), spellings, n=3, cutoff=0.5)
+    close = ", ".join(spellings[plain].name for plain in near)
+    fix = f"did you mean {close}?" if near else "./launcher.sh --list shows them all"
+    raise UserError(f"-m {name!r}: no such recipe; {fix}")
+
+
+def run_name(arch: str, arguments: Mapping[str, object]) -> str:
+    """The folder name of a run: its recipe's, or one made of what its network differs in.
+
+    Args:
+        arch: the architecture.
+        arguments: those that are given to its factory.
+    """
+    from models import model_arguments  # imports torch; the launcher needs none of it
+    from utils.config.args import model_arguments_of, parse_args
+
+    own = model_arguments(arch)
+
+    def network(given: Mapping[str, object]) -> dict[str, object]:
+        return {**own, **given, "checkpoint_activations": None}  # which changes no result
+
+    for recipe in load_recipes().values():
+        options = parse_args(recipe.flags)
+        if options.arch == arch and network(model_arguments_of(options)) == network(arguments):
+            return recipe.name
+    parts = [f"_{name}_{value}" for name, value in arguments.items() if own.get(name) != value]
+    return re.sub(r"[^\w.-]", "_", arch + "".join(parts))
+
+
+def table() -> str:
+    """The recipes as aligned text."""
+    rows = [("recipe", "parameters", "authors", "bearpaw", "flags")]
+    for recipe in load_recipes().values():
+        count = f"{recipe.parameters / 1e6:.2f} M"
+        rows.append((recipe.name, count, recipe.authors, recipe.bearpaw, shlex.join(recipe.flags)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    return "\n".join(
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
+        for row in rows
+    )
+
+
+def main(argv: list[str]) -> int:
+    """The command line; see the module's docstring."""
+    try:
+        if argv == ["list"]:
+            print(table())
+            print("authors, bearpaw: published test error in % on CIFAR-10 / CIFAR-100")
+        elif len(argv) == 2 and argv[0] == "find":
+            recipe = find_recipe(argv[1])
+            print(recipe.name, *recipe.flags, sep="\n")
+        else:
+            raise UserError("usage: python -m utils.config.recipes find NAME | list")
+    except (UserError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return BAD_INPUT
+    return 0
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --list | head
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""The data sets, and the batches that a step takes of them."""

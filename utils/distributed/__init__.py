@@ -1,0 +1,1 @@
+"""How the workers communicate: the two engines behind one contract, and what all ranks agree on."""

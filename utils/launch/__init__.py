@@ -1,0 +1,1 @@
+"""Around the workers: the supervisor and what it needs. The standard library only."""

@@ -1,0 +1,78 @@
+"""Loss and times of every step, for comparing runs: --trace FILE."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from utils.distributed.comm import Comm
+from utils.files import write_text
+
+
+class StepTimes:
+    """Where the time of the steps goes, and with ``keep`` the loss of each step.
+
+    Call ``begin``, ``data_ready`` and ``step_done`` in turn. Keeping makes the host wait for the
+    device at each mark, without which the times of a GPU would mean nothing.
+
+    Attributes:
+        data, compute: seconds per step, for making the batch and for training on it; with several
+            workers the latter has the communication in it.
+    """
+
+    def __init__(self, keep: bool = False) -> None:
+        self.keep = keep
+        self.data: list[float] = []
+        self.compute: list[float] = []
+        self.losses: list[Tensor] = []
+        self.batches: list[int] = []
+
+    def begin(self) -> None:
+        """A step begins."""
+        self._mark = self._now()
+
+    def data_ready(self) -> None:
+        """The step has its batch."""
+        now = self._now()
+        self.data.append(now - self._mark)
+        self._mark = now
+
+    def step_done(self, loss_sum: Tensor, global_batch: int) -> None:
+        """The step is over; loss_sum is this worker's, global_batch the images of all."""
+        if self.keep:
+            # A copy in any case: the next step may overwrite it.
+            self.losses.append(loss_sum.to(torch.float64, copy=True))
+            self.batches.append(global_batch)
+        self.compute.append(self._now() - self._mark)
+
+    def _now(self) -> float:
+        if self.keep and torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def write(self, path: Path | None, comm: Comm) -> None:
+        """Write what has been kept as JSON; every rank must call it."""
+        if not self.keep or path is None:
+            return
+        losses: list[float] = []
+        if self.losses:  # a run may have been finished already
+            sums = comm.sum_(torch.stack(self.losses))  # one sum over the workers
+            losses = (sums.cpu() / torch.tensor(self.batches)).tolist()
+        record = {
+            "loss": losses,
+            "global_batch": self.batches,
+            "data_seconds": self.data,
+            "compute_seconds": self.compute,
+            "workers": comm.size,
+            "engine": comm.name,
+            "peak_memory": _peak_memory(comm.device),
+        }
+        if comm.is_main:
+            write_text(path, json.dumps(record))
+
+
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes that tensors have taken on this worker's GPU; 0 on the CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

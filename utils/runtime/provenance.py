@@ -1,0 +1,84 @@
+"""Where a result comes from: versions, commit, machine and options, for args.json."""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from utils.distributed.comm import Comm
+from utils.files import ROOT
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes."""
+    return {
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),  # a subclass of str otherwise
+        "numpy": np.__version__,
+        "cuda": torch.version.cuda or "",
+    }
+
+
+def git_commit() -> str:
+    """The commit that runs, with "+changes" where files differ from it; "" outside a clone.
+
+    CIFAR_COMMIT names it where the files were copied without their history.
+    """
+    if os.environ.get("CIFAR_COMMIT"):
+        return os.environ["CIFAR_COMMIT"]
+    git = ["git", "-C", str(ROOT)]
+    try:
+        head = subprocess.run(
+            [*git, "rev-parse", "HEAD"], capture_output=True, text=True, timeout=10, check=True
+        ).stdout.strip()
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=10, check=True,
+        ).stdout.strip()  # fmt: skip
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return head + ("+changes" if changed else "")
+
+
+def machine() -> dict[str, Any]:
+    """What the run computes on."""
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return {
+        "host": platform.node(),
+        "system": platform.platform(),
+        "processor": processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
+    }
+
+
+def processor() -> str:
+    """The name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def write_args(path: Path, options: argparse.Namespace, comm: Comm) -> None:
+    """Write args.json: everything needed to run this again."""
+    record = {
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "options": vars(options),
+        "engine": comm.name,
+        "workers": comm.size,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "machine": machine(),
+    }
+    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,1 @@
+"""The training itself: put together in build.py, run by trainer.py."""
