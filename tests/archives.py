@@ -12,7 +12,7 @@ FOLDER = "cifar-10-batches-py"
 
 
 def batch(count: int, seed: int, key: str = "labels", classes: int = 10) -> bytes:
-    """A batch file."""
+    """Return a batch file."""
     random = np.random.RandomState(seed)
     content = {
         b"data": random.randint(0, 256, (count, 3072)).astype(np.uint8),
@@ -22,7 +22,7 @@ def batch(count: int, seed: int, key: str = "labels", classes: int = 10) -> byte
 
 
 def members_of_cifar10(count: int = 20, **changes: bytes) -> dict[str, bytes]:
-    """The files of an archive with ``count`` images in each batch; changes by name."""
+    """Return the files of an archive with ``count`` images in each batch; changes by name."""
     members = {f"data_batch_{i}": batch(count, i) for i in range(1, 6)}
     members["test_batch"] = batch(count + 10, 9)
     members["batches.meta"] = pickle.dumps({b"label_names": [b"a"] * 10}, protocol=2)
@@ -32,7 +32,7 @@ def members_of_cifar10(count: int = 20, **changes: bytes) -> dict[str, bytes]:
 def write_archive(
     path: Path, members: dict[str, bytes], folder: str = FOLDER, mode: str = "w:gz"
 ) -> str:
-    """Write an archive; returns its md5."""
+    """Write an archive; return its md5."""
     with tarfile.open(path, mode) as tar:
         for name, content in members.items():
             info = tarfile.TarInfo(f"{folder}/{name}")
@@ -46,9 +46,5 @@ def md5_of(path: Path) -> str:
 
 
 def small_cifar10(path: Path, **changes: bytes) -> str:
-    """Write an archive with 100 images to train and 30 to test; returns its md5."""
+    """Write an archive with 100 images to train and 30 to test; return its md5."""
     return write_archive(path, members_of_cifar10(**changes))
-
-
-def silent(_: str) -> None:
-    """Takes the lines for the user."""

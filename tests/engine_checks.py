@@ -6,6 +6,7 @@ Not a test module: test_engines.py starts it under each engine's real launcher, 
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,33 +20,35 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from models import create_model
 from models._dropout import dropout
 from tools.commands import engine_class
-from utils.data import sampling as order
+from utils.config.args import parse_args
 from utils.data.image_set import ImageSet
-from utils.distributed.comm import Comm, Exchange
+from utils.data.sampling import shard
+from utils.distributed.comm import Comm
 from utils.distributed.sync_batchnorm import convert_sync_batchnorm
-from utils.engine import leave
 from utils.errors import PeerFailed, UserError
-from utils.runtime.memory_format import lay_out
-from utils.training.evaluation import evaluate
+from utils.runtime.exit_codes import exit_process
+from utils.runtime.memory_format import apply_memory_format
+from utils.training.evaluation import Evaluator
 from utils.training.optim import build_optimizer
 from utils.training.step import Step
 
 CPU = torch.device("cpu")
+SYNC = parse_args([]).gradient_sync
 
 
 def check_sum(comm: Comm) -> None:
     for kind in (torch.float32, torch.float64, torch.int64):
         tensor = torch.arange(3, dtype=kind) + comm.rank
-        returned = comm.sum_(tensor)
-        wanted = comm.size * torch.arange(3) + sum(range(comm.size))
-        assert returned.data_ptr() == tensor.data_ptr(), "sum_ is not in place"
+        returned = comm.all_reduce_sum_(tensor)
+        wanted = comm.world_size * torch.arange(3) + sum(range(comm.world_size))
+        assert returned.data_ptr() == tensor.data_ptr(), "the sum is not in place"
         assert torch.equal(tensor, wanted.to(kind)), tensor
 
 
 def check_broadcast_and_max(comm: Comm) -> None:
     tensor = torch.full((4,), 7.0 + comm.rank)
     assert torch.equal(comm.broadcast_(tensor), torch.full((4,), 7.0))
-    assert comm.max_(comm.rank * 3) == 3 * (comm.size - 1)
+    assert comm.all_reduce_max(comm.rank * 3) == 3 * (comm.world_size - 1)
 
 
 def check_buffers_become_the_average(comm: Comm) -> None:
@@ -54,22 +57,22 @@ def check_buffers_become_the_average(comm: Comm) -> None:
         buffer.fill_(comm.rank + 1)
     counter = int(model[0].num_batches_tracked)
     with comm.averaged_buffers(model) as rows:
-        mean = (comm.size + 1) / 2
+        mean = (comm.world_size + 1) / 2
         assert torch.equal(model[1].running_var, torch.full((5,), mean))
-        assert torch.equal(rows[:, 0], torch.arange(1.0, comm.size + 1))
+        assert torch.equal(rows[:, 0], torch.arange(1.0, comm.world_size + 1))
     assert torch.equal(model[1].running_var, torch.full((5,), comm.rank + 1.0))
     assert int(model[0].num_batches_tracked) == counter, "counters are no averages"
 
 
-def check_wrap_starts_from_rank_0(comm: Comm) -> None:
+def check_prepare_starts_from_rank_0(comm: Comm) -> None:
     torch.manual_seed(comm.rank)
     model = nn.Linear(4, 4)
     optimizer = build_optimizer(model, 0.1, 0.9, 0.0, False)
-    comm.wrap(model, optimizer, Exchange())
+    comm.prepare(model, optimizer, SYNC)
     _equal_everywhere(comm, model)
 
 
-def check_uneven_shares_give_the_exact_gradient(comm: Comm) -> None:
+def check_uneven_shards_give_the_exact_gradient(comm: Comm) -> None:
     _trains_like_one_process(comm, lambda: create_model("alexnet").double(), sync_bn=False)
 
 
@@ -84,7 +87,7 @@ def check_sync_batchnorm_is_batchnorm_over_the_global_batch(comm: Comm) -> None:
 
 
 def check_dropout_masks_are_those_of_the_global_batch(comm: Comm) -> None:
-    """However the batch is cut into shares and passes; no two images have the same mask."""
+    """However the batch is cut into shards and passes; no two images have the same mask."""
     build = partial(create_model, "wrn", depth=10, widen_factor=1, drop=0.3)
     _trains_like_one_process(comm, lambda: build().double(), sync_bn=True)
     _trains_like_one_process(comm, lambda: Dropping().double(), sync_bn=False, passes=3)
@@ -115,15 +118,15 @@ def check_evaluation_is_exact(comm: Comm) -> None:
     torch.manual_seed(0)
     model = create_model("resnet", depth=8)
     images = _images(101)
-    mine = evaluate(model, images, 10, "off", comm)
-    alone = evaluate(model, images, 10, "off", Serial())
+    mine = Evaluator(model, 10, "off", comm)(images)
+    alone = Evaluator(model, 10, "off", Serial())(images)
     assert (mine.images, mine.top1, mine.top5) == (101, alone.top1, alone.top5), (mine, alone)
     assert abs(mine.loss - alone.loss) < 1e-14, "an image's logits depend on the worker"
 
 
-def check_a_failure_in_main_first_reaches_the_others(comm: Comm) -> None:
+def check_a_failure_in_local_rank_zero_first_reaches_the_others(comm: Comm) -> None:
     expected = UserError if comm.local_rank == 0 else PeerFailed
-    with pytest.raises(expected) as caught, comm.main_first():  # noqa: PT012
+    with pytest.raises(expected) as caught, comm.local_rank_zero_first():  # noqa: PT012
         if comm.local_rank == 0:
             raise UserError("planted")
     assert getattr(caught.value, "code", 2) == 2
@@ -155,20 +158,23 @@ def _trains_like_one_process(
     passes: int = 1,
     memory_format: str = "contiguous",
 ) -> None:
-    """Three steps on shares of a batch that no worker count divides, against the whole batch."""
+    """Three steps on shards of a batch that no worker count divides, against the whole batch."""
     batch = 13
     images = _images(3 * batch, torch.float64)
 
     def train(engine: Comm) -> nn.Module:
         torch.manual_seed(2)
         model = build()
-        lay_out(model, [images], memory_format if engine is comm else "contiguous", engine)
+        apply_memory_format(
+            model, [images], memory_format if engine is comm else "contiguous", engine
+        )
         if sync_bn and engine is comm:
             convert_sync_batchnorm(model, engine)
         optimizer = build_optimizer(model, 0.05, 0.9, 5e-4, False)
-        step = Step(engine, *engine.wrap(model, optimizer, Exchange(passes=passes)), "off", passes)
+        sync = replace(SYNC, backward_passes_per_step=passes)
+        step = Step(engine, *engine.prepare(model, optimizer, sync), "off", passes)
         for start in range(0, 3 * batch, batch):
-            first, last = order.share(start, start + batch, engine.rank, engine.size)
+            first, last = shard(start, start + batch, engine.rank, engine.world_size)
             step(*images.batch(torch.arange(first, last)), batch, seed=3)
         return model
 
@@ -191,10 +197,10 @@ def main(script: str) -> None:
     for name, check in list(globals().items()):
         if name.startswith("check_"):
             check(comm)
-            if comm.is_main:
+            if comm.is_main_process:
                 print(name, "passed", flush=True)
     comm.close()
-    leave(0)
+    exit_process(0)
 
 
 if __name__ == "__main__":

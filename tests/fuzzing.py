@@ -26,7 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from archives import members_of_cifar10, write_archive
 
-from utils.checkpoint import format as checkpoint
+from utils.checkpoint.format import FORMAT, LATEST, load
+from utils.checkpoint.manager import save
 from utils.data.cifar_archive import ARCHIVES, read_archive
 from utils.errors import UserError
 
@@ -156,7 +157,7 @@ def state() -> dict[str, Any]:
     weights = {f"layers.{i}.weight": torch.randn(8, 3 + i) for i in range(4)}
     buffers = {str(i): {"momentum_buffer": torch.randn(8, 3 + i)} for i in range(4)}
     return {
-        "format": checkpoint.FORMAT,
+        "format": FORMAT,
         "arch": "resnet",
         "classes": ["cat", "dog"],
         "options": {"lr": 0.1, "schedule": [81, 122], "resume": None, "nesterov": False},
@@ -182,11 +183,11 @@ class Checkpoints:
     """Cases of damaged checkpoints: the file, a record in it, or two records exchanged."""
 
     def __init__(self, folder: Path) -> None:
-        checkpoint.save(folder, state(), is_best=False)
-        self.path = folder / checkpoint.LATEST
+        save(folder, state(), is_best=False)
+        self.path = folder / LATEST
         self.whole = self.path.read_bytes()
         self.records = records_of(self.path)
-        self.wanted = checkpoint.load(self.path)
+        self.wanted = load(self.path)
 
     def write(self, stream: random.Random) -> None:
         kind = stream.randrange(4)
@@ -206,7 +207,7 @@ class Checkpoints:
     def read(self) -> str:
         """Return "refused", "loaded" as it was saved, or "changed"."""
         try:
-            found = checkpoint.load(self.path)
+            found = load(self.path)
         except UserError as error:
             return refused(error)
         assert type(found) is dict
@@ -374,7 +375,7 @@ def hostile_checkpoints(folder: Path, marker: Path) -> Iterator[Case]:
         torch.save({**state(), **changes, "format": 1}, cases.path)
         yield f"{name}, older", cases.read
     for name, payload in payloads.items():
-        checkpoint.save(folder, {**state(), "more": payload}, is_best=False)
+        save(folder, {**state(), "more": payload}, is_best=False)
         yield f"{name}, saved", cases.read
         torch.save({**state(), "more": payload}, cases.path, _use_new_zipfile_serialization=False)
         yield f"{name}, saved in the old format", cases.read
@@ -392,7 +393,7 @@ def hostile_checkpoints(folder: Path, marker: Path) -> Iterator[Case]:
 # --- watching ------------------------------------------------------------------------------------
 
 
-class Watch:
+class AuditHook:
     """Notes what reading a file must not do, by the interpreter's own audit events."""
 
     FORBIDDEN = (
@@ -422,7 +423,7 @@ class Watch:
             self.found.append(f"{event} {arguments}"[:300])
 
 
-def read_watched(watch: Watch, read: Callable[[], str]) -> str:
+def read_watched(watch: AuditHook, read: Callable[[], str]) -> str:
     """Read one file within the limit of time; raises AssertionError at what must not be."""
     faulthandler.dump_traceback_later(LIMIT, exit=True)
     watch.on = True
@@ -434,7 +435,9 @@ def read_watched(watch: Watch, read: Callable[[], str]) -> str:
         assert not watch.found, watch.found
 
 
-def run_cases(watch: Watch, cases: Iterable[Case], note: Callable[[str], Any]) -> dict[str, Any]:
+def run_cases(
+    watch: AuditHook, cases: Iterable[Case], note: Callable[[str], Any]
+) -> dict[str, Any]:
     """Read each case; what came of them."""
     results: dict[str, int] = {}
     times: dict[str, float] = {}
@@ -462,7 +465,7 @@ def main() -> None:
     kind, first, count, folder = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4])
     work, marker, case = folder / "work", folder / "marker", folder / "case"
     work.mkdir()
-    watch = Watch()
+    watch = AuditHook()
     damaged, hostile = {
         "archives": (Archives, hostile_archives),
         "checkpoints": (Checkpoints, hostile_checkpoints),

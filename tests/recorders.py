@@ -4,7 +4,7 @@
 
 trains as tools/fault_injection.py does, but records each step with a Replayer or a Tape. When its
 engine closes, and at its end, every rank prints how often it has replayed, what is left of the
-recordings, what has been asked of the recorder, and when the engine has wrapped the model.
+recordings, what has been asked of the recorder, and when the engine has prepared the model.
 """
 
 import os
@@ -23,11 +23,12 @@ from torch.utils._pytree import tree_leaves
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cifar import run
 from tools import fault_injection
 from tools.commands import engine_class
-from utils import engine
 from utils.distributed.comm import Comm
-from utils.training import cuda_graph as graph
+from utils.runtime.exit_codes import exit_process, run_worker
+from utils.training import cuda_graph
 
 
 def state_of(work: Callable[[], None]) -> dict[str, Tensor]:
@@ -177,32 +178,32 @@ KINDS = {"replayer": Replayer, "tape": Tape, "unable": Unable, "unable-forward":
 def main() -> int:
     kind, faults, script, *arguments = fault_injection.arguments()
     recorder = KINDS[kind]()
-    graph.RECORDERS["cpu"] = lambda device: recorder
+    cuda_graph.RECORDERS["cpu"] = lambda device: recorder
     cls = engine_class(script)
     join = cls.join
 
     def join_with_graphs(timeout: float) -> Comm:
         comm = join(timeout)
-        comm.graph_warm_up = 3
-        close, wrap = comm.close, comm.wrap
+        comm.graph_warm_up_steps = 3
+        close, prepare = comm.close, comm.prepare
 
-        def note_and_wrap(*arguments: Any) -> Any:
-            recorder.calls.append("wrap")
-            return wrap(*arguments)
+        def note_and_prepare(*arguments: Any) -> Any:
+            recorder.calls.append("prepare")
+            return prepare(*arguments)
 
         def look_and_close() -> None:
             recorder.report("closing")
             close()
 
-        comm.close, comm.wrap = look_and_close, note_and_wrap
+        comm.close, comm.prepare = look_and_close, note_and_prepare
         return comm
 
     cls.join = join_with_graphs
     fault_injection.plant_all(faults)
-    code = engine.main(cls, arguments)
+    code = run_worker(cls, run, arguments)
     recorder.report("ending")
     return code
 
 
 if __name__ == "__main__":
-    engine.leave(main())
+    exit_process(main())

@@ -11,21 +11,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import FOLDER, batch, md5_of, members_of_cifar10, silent, small_cifar10, write_archive
+from archives import FOLDER, batch, md5_of, members_of_cifar10, small_cifar10, write_archive
 from conftest import environment
 
+from cifar import run
 from utils.data.cifar_archive import ARCHIVES, read_archive, read_folder
 from utils.data.datasets import load_dataset
 from utils.distributed.comm import Comm
-from utils.engine import main
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.runtime.exit_codes import run_worker
 
 
 def complaint_about(path: Path, root: Path) -> str:
     """What is said about an archive whose md5 the user has accepted."""
     with pytest.raises(UserError) as caught:
-        load_dataset("cifar10", root, archive=path, md5=md5_of(path), notify=silent)
+        load_dataset("cifar10", root, archive=path, md5=md5_of(path))
     assert f"--data-archive {path}: " in str(caught.value)
     assert str(caught.value).isprintable()
     assert not [p for p in root.glob("*") if p.name != ".lock"]
@@ -38,7 +39,7 @@ def complaint_about(path: Path, root: Path) -> str:
 def test_an_archive_on_disk_gives_the_pixels_that_were_packed(cifar10, tmp_path):
     path, md5 = cifar10
     for attempt in range(2):  # from the archive, then from the cache
-        data = load_dataset("cifar10", tmp_path / "data", archive=path, md5=md5, notify=silent)
+        data = load_dataset("cifar10", tmp_path / "data", archive=path, md5=md5)
         assert data.train_images.shape == (100, 32, 32, 3), attempt
         assert data.test_images.shape == (30, 32, 32, 3)
         original = pickle.loads(batch(20, 2), encoding="bytes")
@@ -67,7 +68,7 @@ def test_cifar100_takes_the_fine_labels(tmp_path):
     }
     path = tmp_path / "small.tar.gz"
     md5 = write_archive(path, members, folder="cifar-100-python")
-    data = load_dataset("cifar100", tmp_path, archive=path, md5=md5, notify=silent)
+    data = load_dataset("cifar100", tmp_path, archive=path, md5=md5)
     assert len(data.classes) == 100
     original = pickle.loads(members["train"], encoding="bytes")
     assert data.train_labels.tolist() == original[b"fine_labels"]
@@ -118,7 +119,7 @@ def test_a_changed_file_in_an_extracted_folder_is_not_used(tmp_path):
 def test_the_wrong_archive_is_refused_with_both_digests(cifar10, tmp_path):
     path, md5 = cifar10
     with pytest.raises(UserError) as caught:
-        load_dataset("cifar10", tmp_path, archive=path, notify=silent)
+        load_dataset("cifar10", tmp_path, archive=path)
     assert md5 in str(caught.value)
     assert ARCHIVES["cifar10"].md5 in str(caught.value)
 
@@ -150,7 +151,8 @@ def test_the_program_says_so_in_one_line_and_writes_nothing(cifar10, tmp_path, c
     path.write_bytes(path.read_bytes()[:-1000])
     folder = tmp_path / "run"
     words = ["-d", "cifar10", "--data", tmp_path / "data", "--data-archive", path, "-c", folder]
-    assert main(Comm, [str(word) for word in [*words, "--data-md5", md5_of(path)]]) == 2
+    words += ["--data-md5", md5_of(path)]
+    assert run_worker(Comm, run, [str(word) for word in words]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: --data-archive {path}: ")
     assert not folder.exists()

@@ -18,12 +18,13 @@ from conftest import environment, run
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from cifar import run as program
 from tools.commands import has_horovod
 from utils.config.args import build_parser, parse_args
 from utils.distributed.comm import Comm
-from utils.engine import main
 from utils.errors import UserError, one_line
 from utils.files import ROOT
+from utils.runtime.exit_codes import run_worker
 
 LAUNCHER = ROOT / "launcher.sh"
 
@@ -141,7 +142,7 @@ def refused(argv, engine=Comm, patient=False):
     shown = io.StringIO()
     with contextlib.redirect_stderr(shown), mock.patch.dict(os.environ):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        code = main(engine, argv)
+        code = run_worker(engine, program, argv)
     assert code == 2, f"taken: {argv}"
     assert time.process_time() - started < (20 if patient else 3)
     return the_line(shown.getvalue())
@@ -187,10 +188,10 @@ def test_good_values_are_taken_and_the_last_one_wins(action):
     first, second = (good_values(action) * 2)[:2]
     for flag in action.option_strings:
         for value in good_values(action):
-            getattr(parse_args([*EXTRA.get(action.dest, []), flag, value]), action.dest)
+            assert action.dest in parse_args([*EXTRA.get(action.dest, []), flag, value]).options()
         both = [*EXTRA.get(action.dest, []), flag, first, flag, second]
         one = [*EXTRA.get(action.dest, []), flag, second]
-        taken, wanted = (getattr(parse_args(words), action.dest) for words in (both, one))
+        taken, wanted = (parse_args(words).options()[action.dest] for words in (both, one))
         assert taken == ([first, second] if action.dest == "data_url" else wanted)
 
 
@@ -201,7 +202,7 @@ PRINTABLE = st.characters(exclude_categories=["Cc", "Cs", "Zl", "Zp"])
 def test_any_name_that_can_be_printed_is_a_path(name, together):
     words = [f"--checkpoint={name}"] if together or name.startswith("-") else ["-c", name]
     if name != "--":
-        assert parse_args(words).checkpoint == name
+        assert parse_args(words).run.checkpoint == name
 
 
 # What a good value needs beside it.
@@ -291,7 +292,7 @@ def test_the_largest_values_do_no_harm(empty_folder, capsys):
     words = [word for flag, value in large.items() for word in (flag, value)]
     last = str(int(large["--epochs"]) - 1)
     folder = empty_folder.parent / "run"
-    code = main(Comm, [*TINY, *words, "--start-epoch", last, "-c", str(folder)])
+    code = run_worker(Comm, program, [*TINY, *words, "--start-epoch", last, "-c", str(folder)])
     assert code == 0, capsys.readouterr().err
     assert (folder / "checkpoint.pth.tar").exists()
 
@@ -308,7 +309,7 @@ def test_the_largest_values_do_no_harm(empty_folder, capsys):
 )
 def test_a_network_that_no_machine_holds(words, monkeypatch):
     """Nothing hangs, and the machine is spared."""
-    monkeypatch.setattr("utils.startup.node_memory", lambda comm: 1 << 28)
+    monkeypatch.setattr("utils.training.build.node_memory", lambda comm: 1 << 28)
     line = refused([*TINY, *words.split()], patient=True)
     assert words.split()[-1] in line
     assert "the network alone needs" in line

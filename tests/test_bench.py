@@ -15,35 +15,39 @@ from bench.common import (
     Ratio,
     Result,
     Settings,
-    arm_environment,
     draw_ratios,
     interleaved,
     measure,
+    process_environment,
     ratio,
     time_epochs,
 )
 from bench.epoch import summary
-from cifar import TorchComm
+from bench.training import constant_rate
+from cifar import run as program
 from models import create_model
 from tools.commands import engine_command
-from utils import engine as program
 from utils.checkpoint import format as checkpoint
 from utils.config.recipes import Recipe, find_recipe
 from utils.data import synthetic
 from utils.data.image_set import ImageSet
+from utils.data.sampling import PAD
+from utils.distributed.comm import Comm
+from utils.distributed.ddp import DDPComm
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.startup import PAD
+from utils.runtime.exit_codes import run_worker
+from utils.training.optim import Schedule
 
 TINY = Settings(rounds=2, scale=0.02, loaders=1)
 DATA = "-d synthetic10 --train-size 40 --test-size 20 --train-batch 20 --test-batch 10".split()
 
 
-def test_arms_take_turns_and_every_other_round_is_reversed():
+def test_variants_take_turns_and_every_other_round_is_reversed():
     assert "".join(interleaved("ABC", 3)) == "ABCCBAABC"
     calls = []
-    arms = {name: lambda name=name: calls.append(name) or len(calls) for name in "AB"}
-    assert measure(arms, 2) == {"A": [1, 4], "B": [2, 3]}
+    variants = {name: lambda name=name: calls.append(name) or len(calls) for name in "AB"}
+    assert measure(variants, 2) == {"A": [1, 4], "B": [2, 3]}
     assert calls == ["A", "B", "B", "A"]
 
 
@@ -83,7 +87,7 @@ def test_scaling_splits_a_step_and_says_what_pays():
         ("100", "5%", "95%", "0%", "0%"),
         ("200", "10%", "90%", "0%", "0%"),
         ("100", "5%", "45%", "25%", "25%"),
-        ("50", "2%", "48%", "0%", "50%"),  # noise: it waits less than workers apart take
+        ("50", "2%", "48%", "0%", "50%"),  # Noise: it waits less than workers apart take.
     ]
     assert [row[7] for row in rows[1:]] == ["-", "-", "50% (50% - 50%)", "50% (50% - 50%)"]
     assert [row[9] for row in rows[1:]] == ["-", "-", "-", "50% (50% - 50%)"]
@@ -111,7 +115,7 @@ def test_the_scaling_benchmark_yields_finite_numbers():
         (count,) = {len(times) for times in found.seconds.values()}
         assert 2 <= count <= scaling.TURNS
         assert found.images == found.steps * scaling.BATCH
-        assert sum(found.shares()) == pytest.approx(1)
+        assert sum(found.parts()) == pytest.approx(1)
     assert set(scaling.Turns(*result.raw["dist, 2"][0]["resnet20"]).seconds) == set(scaling.WAYS)
 
 
@@ -122,7 +126,7 @@ def test_an_epoch_process_is_timed_by_its_lines(tmp_path):
         "for epoch in range(2):\n"
         "    print(f'\\nEpoch: [{epoch}'); time.sleep(0.3 - 0.2 * epoch); print('train loss 1')\n"
     )
-    times = summary(time_epochs([sys.executable, str(script)], arm_environment(1)))
+    times = summary(time_epochs([sys.executable, str(script)], process_environment(1)))
     assert 0.3 <= times["first"] < times["whole"]
     assert 0.1 <= times["later"] < times["first"]
     assert times["start"] > 0
@@ -143,10 +147,34 @@ def test_the_step_benchmark_yields_finite_numbers():
     assert all(0 < t < math.inf for times in numbers["seconds"].values() for t in times)
 
 
+def test_the_loop_and_its_floor_train_one_network_in_the_same_memory():
+    recipe = Recipe("tiny", ("-a", "resnet", "--depth", "8", "--warmup-steps", "9"), 0, "-", "-")
+    training = step.short_epochs(recipe, 2, Comm())
+    bare = step.Bare(training)
+    assert bare.model is training.loop.step.model
+    assert bare.optimizer is training.loop.step.optimizer
+    assert bare.images.shape == (2, 3, 32, 32)
+    assert len(training.plan.batch_slices) == step.DIFFERENT
+    before = [p.clone() for p in bare.model.parameters()]
+    training.train(step.DIFFERENT + 1)
+    assert len(training.loop.times.compute) == step.DIFFERENT + 1
+    assert {group["lr"] for group in bare.optimizer.param_groups} == {1e-3}
+    assert not any(map(torch.equal, before, bare.model.parameters()))
+
+
+def test_the_benchmarks_train_at_one_rate_whatever_the_recipe_says():
+    recipe = find_recipe("resnet110")
+    train = constant_rate(recipe, "--warmup-steps", "5").train
+    assert (train.lr, train.warmup_steps, train.weight_decay) == (1e-3, 5, 1e-4)
+    train = constant_rate(recipe).train
+    schedule = Schedule(train.lr, train.schedule, train.gamma, train.warmup_steps, train.warmup)
+    assert {schedule.learning_rate(0, k, 391) for k in (0, 390)} == {1e-3}
+
+
 def test_results_are_written(tmp_path):
     found = Ratio(2.0, 1.0, 3.0)
     result = Result("a title", [("head",), ("row",)], ["a note"], {"x": [1.5]},
-                    lambda axes: draw_ratios(axes, {"arm": found}, {"arm": 1.5}, "x"))  # fmt: skip
+                    lambda axes: draw_ratios(axes, {"one": found}, {"one": 1.5}, "x"))  # fmt: skip
     write(tmp_path, {"date": "today"}, {"loader": result}, {"loader": 1.0})
     record = json.loads((tmp_path / "bench.json").read_text())
     assert record["benchmarks"]["loader"]["raw"] == {"x": [1.5]}
@@ -206,13 +234,14 @@ def test_the_plain_script_trains_and_says_how_long(capfd, tmp_path):
     assert record["parameters"] == find_recipe("alexnet").parameters
     assert len(record["epoch_seconds"]) == 1
     assert 0 <= record["top1"] <= 100
-    assert program.main(TorchComm, [*flags[:-1], str(tmp_path / "ours"), "--lr", "1e-30"]) == 0
+    ours = [*flags[:-1], str(tmp_path / "ours"), "--lr", "1e-30"]
+    assert run_worker(DDPComm, program, ours) == 0
     theirs, mine = (
         checkpoint.load(tmp_path / name / checkpoint.LATEST)["state_dict"]
         for name in ("plain", "ours")
     )
     assert list(theirs) == list(mine)
-    for name, tensor in mine.items():  # the rate is too small to move them
+    for name, tensor in mine.items():  # The rate is too small to move them.
         assert torch.equal(tensor, theirs[name]), name
 
 
@@ -255,6 +284,6 @@ def test_both_pipelines_make_the_same_batches():
 
 def test_accuracy_counts_the_best_and_the_five_best():
     output = torch.from_numpy(np.eye(10, dtype=np.float32)[[0, 1, 2, 3]])
-    output[3] = torch.arange(10.0)  # label 5 is fifth
+    output[3] = torch.arange(10.0)  # Label 5 is fifth.
     first, fifth = plain.accuracy(output, torch.tensor([0, 1, 9, 5]))
     assert (first.item(), fifth.item()) == (50.0, 75.0)

@@ -5,17 +5,18 @@ import json
 import random
 import shutil
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from archives import silent
 from PIL import Image
 from torch import nn
 
-from utils.data import datasets as data_module
+from utils.data import cache as cache_module
 from utils.data import synthetic
-from utils.data.datasets import _measured, _read_cache, load_dataset
+from utils.data.cache import measure_statistics, read_cache
+from utils.data.datasets import LEGACY_STATISTICS, load_dataset
 from utils.data.image_set import ImageSet
 from utils.errors import UserError
 from utils.files import ROOT
@@ -24,14 +25,28 @@ from utils.files import ROOT
 def test_a_part_of_the_data_is_the_same_in_every_run(cifar10, tmp_path):
     path, md5 = cifar10
     small, smaller = (
-        load_dataset("cifar10", tmp_path, archive=path, md5=md5, train_size=n, test_size=5,
-                     notify=silent)
+        load_dataset("cifar10", tmp_path, archive=path, md5=md5, train_size=n, test_size=5)
         for n in (50, 20)
-    )  # fmt: skip
+    )
     assert np.array_equal(small.train_images[:20], smaller.train_images)
     assert len(small.test_labels) == 5
     with pytest.raises(UserError, match="--train-size 101"):
-        load_dataset("cifar10", tmp_path, archive=path, md5=md5, train_size=101, notify=silent)
+        load_dataset("cifar10", tmp_path, archive=path, md5=md5, train_size=101)
+
+
+def test_the_fingerprint_tells_any_other_contents():
+    data = load_dataset("synthetic10", "unused", train_size=20, test_size=10)
+    assert data.fingerprint() == replace(data, train_images=data.train_images.copy()).fingerprint()
+    darker = data.test_images.copy()
+    darker[9, 31, 31, 2] -= 1
+    others = (
+        replace(data, test_images=darker),
+        replace(data, train_labels=data.train_labels[::-1]),
+        replace(data, classes=data.classes[::-1]),
+        replace(data, std=LEGACY_STATISTICS[1]),
+    )
+    for other in others:
+        assert other.fingerprint() != data.fingerprint()
 
 
 # --- the embedded data set -----------------------------------------------------------------------
@@ -52,7 +67,7 @@ def test_synthetic_images_are_the_same_everywhere_and_however_many():
 
 def test_synthetic_statistics_are_those_of_the_images():
     images, _ = synthetic.generate(10, train=True, count=10_000)
-    for measured, stated in zip(_measured(images), synthetic.STATISTICS, strict=True):
+    for measured, stated in zip(measure_statistics(images), synthetic.STATISTICS, strict=True):
         assert measured == pytest.approx(stated, abs=0.003)
 
 
@@ -97,13 +112,14 @@ def test_synthetic10_needs_more_than_a_linear_classifier_and_a_small_network_is_
 
 
 @pytest.fixture
-def load(cifar10, tmp_path):
-    """Load the small archive; returns its training images and labels, and the lines to the user."""
+def load(cifar10, tmp_path, capsys):
+    """Load the small archive; returns the data and the printed lines."""
     path, md5 = cifar10
 
     def load():
-        lines: list[str] = []
-        data = load_dataset("cifar10", tmp_path / "d", archive=path, md5=md5, notify=lines.append)
+        capsys.readouterr()
+        data = load_dataset("cifar10", tmp_path / "d", archive=path, md5=md5)
+        lines = capsys.readouterr().out.splitlines()
         assert all(line.isprintable() for line in lines)
         return data, lines
 
@@ -176,11 +192,11 @@ def flips_in(content: bytes, name: str, count: int):
 
 
 def test_a_flipped_bit_in_the_cache_is_found(cache, cifar10):
-    good, statistics = _read_cache(cache, cifar10[1])
+    good, statistics = read_cache(cache, cifar10[1])
     found = 0
     for content in flips_in(cache.read_bytes(), cache, 400):
         cache.write_bytes(content)
-        read = _read_cache(cache, cifar10[1])
+        read = read_cache(cache, cifar10[1])
         if read is None:
             found += 1
             continue
@@ -197,7 +213,7 @@ def test_a_header_that_names_fewer_images_is_found(cache, cifar10):
     content = cache.read_bytes()
     assert content.count(b"'shape': (100, 32, 32, 3)") == 1
     cache.write_bytes(content.replace(b"(100, 32, 32, 3)", b"(100, 32, 31, 3)"))
-    assert _read_cache(cache, cifar10[1]) is None
+    assert read_cache(cache, cifar10[1]) is None
 
 
 def test_a_folder_in_the_place_of_the_cache_costs_the_cache_only(load, cache):
@@ -222,13 +238,13 @@ def test_a_file_where_the_cache_should_be_costs_the_cache_only(load, cache):
 
 
 def test_a_cache_that_vanishes_costs_the_cache_only(load, cache, monkeypatch):
-    real = data_module.write_atomically
+    real = cache_module.write_atomically
 
     def vanish(path, write):
         shutil.rmtree(path.parent)
         real(path, write)
 
-    monkeypatch.setattr(data_module, "write_atomically", vanish)
+    monkeypatch.setattr(cache_module, "write_atomically", vanish)
     cache.unlink()
     data, lines = load()
     assert len(data.train_labels) == 100
@@ -237,15 +253,16 @@ def test_a_cache_that_vanishes_costs_the_cache_only(load, cache, monkeypatch):
                    "without a cache"  # fmt: skip
 
 
-def test_a_changed_folder_of_images_is_decoded_again(tmp_path):
+def test_a_changed_folder_of_images_is_decoded_again(tmp_path, capsys):
     for part in ("train", "test"):
         (tmp_path / part / "cat").mkdir(parents=True)
         Image.new("RGB", (32, 32)).save(tmp_path / part / "cat" / "0.png")
-    load_dataset("folder", tmp_path, notify=silent)
+    load_dataset("folder", tmp_path)
+    capsys.readouterr()
     Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "train" / "cat" / "1.png")
-    lines: list[str] = []
-    assert len(load_dataset("folder", tmp_path, notify=lines.append).train_labels) == 2
-    assert "(made from other data or by another version)" in lines[0]
+    assert len(load_dataset("folder", tmp_path).train_labels) == 2
+    line, *_ = capsys.readouterr().out.splitlines()
+    assert "(made from other data or by another version)" in line
 
 
 def test_leftovers_of_a_killed_process_are_cleared(load, cache):
@@ -260,13 +277,15 @@ def test_leftovers_of_a_killed_process_are_cleared(load, cache):
 OTHER_DATA = """
 import os, sys
 sys.path[0] = {root!r}
+from cifar import run
 from tools.commands import engine_class
-from utils import engine
+from utils.runtime.exit_codes import exit_process, run_worker
+from utils.training import build
 words = [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
-real = engine.load_dataset
+real = build.load_dataset
 if os.environ.get("RANK", os.environ.get("HOROVOD_RANK")) == "1":
-    engine.load_dataset = lambda name, _, **options: real(name, {other!r}, **options)
-engine.leave(engine.main(engine_class(words[0]), words[1:]))
+    build.load_dataset = lambda name, _, **options: real(name, {other!r}, **options)
+exit_process(run_worker(engine_class(words[0]), run, words[1:]))
 """
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from models import create_model
-from utils.config.args import build_parser, model_arguments_of, parse_args
-from utils.config.recipes import find_recipe, load_recipes, run_name
+from utils.checkpoint.run_dir import run_name
+from utils.config.args import build_parser, parse_args
+from utils.config.recipes import find_recipe, load_recipes
 from utils.errors import UserError
 from utils.files import ROOT
 
@@ -29,7 +30,7 @@ def test_every_flag_and_every_file_is_documented(name):
     for action in build_parser()._actions:
         for flag in set(action.option_strings) - hidden:
             assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
-    for path in [*ROOT.glob("utils/*.py"), *ROOT.glob("*.sh"), *ROOT.glob("cifar*.py")]:
+    for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("cifar*.py")]:
         if path.name != "__init__.py":
             assert path.name in text, path.name
 
@@ -46,12 +47,12 @@ def test_both_readmes_show_the_same_commands(name):
 
 @pytest.mark.parametrize("recipe", load_recipes().values(), ids=lambda recipe: recipe.name)
 def test_a_recipe_has_the_parameters_that_it_says_and_its_name_as_folder(recipe):
-    options = parse_args(recipe.flags)
-    arguments = model_arguments_of(options)
+    config = parse_args(recipe.flags).model
+    arguments = config.arguments()
     with torch.device("meta"):
-        model = create_model(options.arch, **arguments)
+        model = create_model(config.arch, **arguments)
     assert sum(p.numel() for p in model.parameters()) == recipe.parameters
-    assert run_name(options.arch, arguments) == recipe.name
+    assert run_name(config.arch, arguments) == recipe.name
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from archives import silent
 from conftest import environment
 from conftest import run as run_command
 
@@ -194,9 +193,9 @@ def server(cifar10, monkeypatch):
     started.stop()
 
 
-def fetch(server, cifar10, root, *paths, notify=silent):
+def fetch(server, cifar10, root, *paths):
     urls = [f"{server.url}/{path}" for path in paths]
-    return load_dataset("cifar10", root, urls=urls, md5=cifar10[1], notify=notify)
+    return load_dataset("cifar10", root, urls=urls, md5=cifar10[1])
 
 
 def left_in(root):
@@ -255,17 +254,20 @@ def test_the_right_file_comes_of_it(server, cifar10, tmp_path, path, part):
         ("control", r"answered 404 \x1b[2Jno\x07"),
     ],
 )
-def test_what_a_server_does_wrong_is_said(server, cifar10, tmp_path, monkeypatch, path, said):
-    monkeypatch.setattr(download_module, "MOST_BYTES", 1_000_000)
+def test_what_a_server_does_wrong_is_said(
+    server, cifar10, tmp_path, monkeypatch, capsys, path, said
+):
+    monkeypatch.setattr(download_module, "MAX_BYTES", 1_000_000)
     if "seconds" in said:
         monkeypatch.setattr(download_module, "TIMEOUT", 0.5)
-    lines: list[str] = []
     before = time.monotonic()
     with pytest.raises(UserError) as caught:
-        fetch(server, cifar10, tmp_path / "d", f"{path}/file", notify=lines.append)
+        fetch(server, cifar10, tmp_path / "d", f"{path}/file")
     assert time.monotonic() - before < 8, "three times half a second, and some"
     assert said in str(caught.value)
+    lines = capsys.readouterr().out.removesuffix("\n").split("\n")
     assert all(line.isprintable() for line in [str(caught.value), *lines])
+    assert all(line.startswith(("downloading ", "warning: ")) for line in lines)
     kept = {f"{NAME}.part"} if "seconds" in said else set()
     assert kept.issuperset(left_in(tmp_path / "d"))
 
@@ -286,7 +288,7 @@ def test_a_part_that_is_complete_needs_no_server(cifar10, tmp_path, monkeypatch)
     monkeypatch.setattr("utils.data.datasets.SERVER", "http://127.0.0.1:9/")
     (tmp_path / "d").mkdir()
     shutil.copy(cifar10[0], tmp_path / "d" / f"{NAME}.part")
-    load_dataset("cifar10", tmp_path / "d", md5=cifar10[1], notify=silent)
+    load_dataset("cifar10", tmp_path / "d", md5=cifar10[1])
     assert left_in(tmp_path / "d") == [NAME]
 
 
@@ -321,7 +323,7 @@ def test_a_redirect_from_https_to_http_is_not_followed(
 def test_without_network_the_ways_out_are_named(tmp_path, monkeypatch):
     monkeypatch.setattr("utils.data.datasets.SERVER", "http://127.0.0.1:9/")
     with pytest.raises(UserError) as caught:
-        load_dataset("cifar10", tmp_path / "d", notify=silent)
+        load_dataset("cifar10", tmp_path / "d")
     for way_out in ("--data-url", "--data-archive", "-d folder", "-d synthetic10"):
         assert way_out in str(caught.value)
     assert "\n" not in str(caught.value)

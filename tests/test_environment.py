@@ -12,11 +12,12 @@ import torch
 from conftest import environment, marked_processes, run
 from PIL import Image
 
-from cifar import TorchComm
+from cifar import run as program
 from tools.commands import has_horovod
 from utils.checkpoint import format as checkpoint
-from utils.engine import main
+from utils.distributed.ddp import DDPComm
 from utils.files import ROOT
+from utils.runtime.exit_codes import run_worker
 
 LAUNCHER = ROOT / "launcher.sh"
 
@@ -211,7 +212,7 @@ def test_half_of_a_launchers_environment(variables, named, tmp_path, monkeypatch
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # ranks other than 0 speak later
-    assert main(TorchComm, [*SYNTHETIC, "-c", str(tmp_path / "run")]) == 2
+    assert run_worker(DDPComm, program, [*SYNTHETIC, "-c", str(tmp_path / "run")]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     for word in named.split():

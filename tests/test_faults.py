@@ -16,9 +16,13 @@ from soak import workers_below
 from test_resume import same
 
 from utils.checkpoint import format as checkpoint
+from utils.checkpoint.manager import CheckpointManager, save
+from utils.checkpoint.train_state import TrainState
+from utils.distributed.comm import Comm
 from utils.errors import NotFinite, UserError
 from utils.files import ROOT, FolderInUse, lock_folder, unlock_folder
 from utils.metrics.meter import Meter
+from utils.training.optim import build_optimizer
 
 CPU = torch.device("cpu")
 
@@ -185,7 +189,7 @@ class TestDisk:
     def test_every_flipped_bit_is_found(self, tmp_path):
         """Or changes nothing that was saved: some bytes of a zip archive mean nothing."""
         state = {"format": 2, "state_dict": {"w": torch.randn(20_000)}, "options": {"lr": 0.1}}
-        checkpoint.save(tmp_path, state, is_best=False)
+        save(tmp_path, state, is_best=False)
         path = tmp_path / checkpoint.LATEST
         content = path.read_bytes()
         draw = random.Random(0)
@@ -210,15 +214,15 @@ class TestDisk:
             folder = tmp_path / f"{call}{number}"
             folder.mkdir()
             for epoch in (1, 2):
-                checkpoint.save(folder, state_of(epoch), is_best=True)
+                save(folder, state_of(epoch), is_best=True)
             process = os.fork()
             if process == 0:
                 kill_at_call(call, number)
-                checkpoint.save(folder, state_of(3), is_best=True)
+                save(folder, state_of(3), is_best=True)
                 os._exit(0)
             ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
             assert ended in (0, -signal.SIGKILL)
-            _, _, newest = checkpoint.load_newest(folder, print, trust=False)
+            _, _, newest = checkpoint.load_newest(folder, trust=False)
             best = checkpoint.load(folder / checkpoint.BEST)
             assert newest["epoch"] in (2, 3)
             assert best["epoch"] >= newest["epoch"]
@@ -343,8 +347,8 @@ class TestRestarts:
         # --standalone: with the static rendezvous torch 2.15 itself hangs in the second round.
         words = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-            "--max_restarts=1", "--log-dir", tmp_path / "log", ROOT / "tools" / "fault_injection.py",
-            "kill-one-5", "cifar",
+            "--max_restarts=1", "--log-dir", tmp_path / "log",
+            ROOT / "tools" / "fault_injection.py", "kill-one-5", "cifar",
         ]  # fmt: skip
         flags = [*COMMON, *MODELS["resnet"], "-c", folder, "--overwrite"]
         result = run([*words, *flags])
@@ -368,27 +372,20 @@ class TestRestarts:
         same(untouched(train, "resnet", "dist", 2), folder)
 
 
-def test_a_meter_goes_on_from_the_rows_of_other_workers():
-    from utils.distributed.comm import Comm
-
+def test_a_meter_continues_from_the_sums_of_other_workers():
     comm, meter = Comm(), Meter(CPU)
     meter.start_from([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]], comm)
-    assert meter.rows(comm) == [[11.0, 22.0, 33.0, 44.0]]
+    assert meter.all_gather(comm) == [[11.0, 22.0, 33.0, 44.0]]
 
 
 def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    from utils.checkpoint.train_state import Position
-    from utils.distributed.comm import Comm
-    from utils.training.optim import build_optimizer
-
     model = torch.nn.Linear(2, 2)
-    saver = checkpoint.Saver(
-        tmp_path, Comm(), model, build_optimizer(model, 0.1, 0.9, 0.0, False), {}, print
-    )
-    saver.save(Position(), is_best=True)
+    optimizer = build_optimizer(model, 0.1, 0.9, 0.0, False)
+    checkpoints = CheckpointManager(tmp_path, Comm(), model, optimizer, {})
+    checkpoints.save(TrainState(), is_best=True)
     model.weight.data[0, 0] = float("inf")
     with pytest.raises(NotFinite):
-        saver.save(Position(epoch=1), is_best=True)
+        checkpoints.save(TrainState(epoch=1), is_best=True)
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 0
 
 

@@ -19,15 +19,14 @@ from bench import gpu, gpu_worker
 from tools.commands import engine_command
 from utils.checkpoint import format as checkpoint
 from utils.config.recipes import Recipe
-from utils.data import sampling as order
-from utils.data import synthetic
+from utils.data import sampling, synthetic
 from utils.data.datasets import load_dataset
 from utils.data.image_set import ImageSet
+from utils.data.sampling import PAD
 from utils.distributed.comm import Comm
 from utils.files import ROOT
 from utils.metrics.plot import read_log
-from utils.startup import PAD
-from utils.training import cuda_graph as graph
+from utils.training import cuda_graph
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 CPU = pytest.param("cpu", marks=pytest.mark.slow)
@@ -39,7 +38,7 @@ DATA = {
 # In fp32 proper and at a small rate, or the networks amplify differences in rounding.
 TRAINING = "--epochs 2 --schedule 1 --lr 0.001 --tf32 off"
 NEARLY = {"rel": 2e-3}
-KEPT = {"CIFAR_KEEP_DDP": "1"}  # or a job of one rank would be the serial engine
+KEPT = {"CIFAR_KEEP_DDP": "1"}  # Or a job of one rank would be the serial engine.
 
 FAMILIES = (
     "alexnet", "vgg11_bn", "resnet --depth 20", "preresnet --depth 20",
@@ -58,7 +57,7 @@ def device(request):
 
 @pytest.fixture
 def train(run, device, tmp_path):
-    """Run cifar.py into a folder; returns it, what was printed, and the trace."""
+    """Run cifar.py into a folder; return it, what was printed, and the trace."""
 
     def start(name, network, *flags, script=(str(ROOT / "cifar.py"),), workers=None, fails=False,
               **changes):  # fmt: skip
@@ -73,7 +72,7 @@ def train(run, device, tmp_path):
             env=environment(CUDA_VISIBLE_DEVICES=visible, **settings, **changes),
             timeout=200,
         )
-        # Autograd's word for a network that is trained on another stream than it was wrapped on.
+        # Autograd warns so of a network that is trained on another stream than it was prepared on.
         assert "AccumulateGrad" not in result.stderr
         if fails:
             assert result.returncode != 0
@@ -123,7 +122,7 @@ def test_deterministic_runs_are_the_same_bits_also_when_killed_inside_an_epoch(t
     flags = ("--deterministic", "--save-every", every)
     one, *_ = train("one", network, *flags)
     two, *_ = train("two", network, *flags)
-    killed, *_ = train("killed", network, *flags, script=planted(f"kill-{kill_at}"), fails=True)
+    killed, *_ = train("killed", network, *flags, script=with_fault(f"kill-{kill_at}"), fails=True)
     state = checkpoint.load(killed / checkpoint.LATEST)
     assert (state["epoch"], state["step"]) == (0, 20 if device == "cuda" else 2)
     _, printed, _ = train("killed", network, *flags, "--resume", "auto")
@@ -146,7 +145,7 @@ def test_one_launched_worker_trains_what_the_serial_engine_trains(train, device)
         assert trace["loss"] == pytest.approx(wanted["loss"], **NEARLY)
 
 
-def planted(fault):
+def with_fault(fault):
     return str(ROOT / "tools" / "fault_injection.py"), fault, "cifar"
 
 
@@ -161,7 +160,7 @@ def test_a_run_goes_back_to_a_checkpoint_and_on_under_the_same_graph(train, devi
     """The smaller last batch is spoilt: the graph goes on with what has been put into its place."""
     every = {"cuda": "10", "cpu": "1"}[device]
     flags = ("--on-nan", "rewind", "--save-every", every, "--graph", "on")
-    folder, printed, _ = train("run", "resnet --depth 20", *flags, script=planted(TAIL[device]))
+    folder, printed, _ = train("run", "resnet --depth 20", *flags, script=with_fault(TAIL[device]))
     assert printed.count("going back to") == 1
     losses = read_log(folder / "log.txt")["Train Loss"]
     assert len(losses) == 2
@@ -175,7 +174,7 @@ def test_an_interrupted_run_with_nccl_in_its_graph_ends(train, device):
     ends."""
     flags = ("--graph", "on", "--save-every", "1")
     workers = min(2, max(1, torch.cuda.device_count()))
-    folder, printed, _ = train("run", "resnet --depth 20", *flags, script=planted(TERM[device]),
+    folder, printed, _ = train("run", "resnet --depth 20", *flags, script=with_fault(TERM[device]),
                                workers=workers, fails=True, **KEPT)  # fmt: skip
     assert "interrupted after epoch 0, step" in printed
     assert checkpoint.load(folder / checkpoint.LATEST)["epoch"] == 0
@@ -209,14 +208,15 @@ def test_the_memory_that_a_run_takes_is_near_the_estimate(train, device):
 @pytest.mark.parametrize("device", [CUDA, "cpu"], indirect=True)
 def test_batches_are_the_same_bits_wherever_the_images_live(device):
     made = []
-    for resident in (True, False):
+    for on_device in (True, False):
         images = ImageSet(
             *synthetic.generate(10, train=True, count=300), *synthetic.STATISTICS,
-            device=torch.device(device), resident=resident, pad=PAD,
+            device=torch.device(device), on_device=on_device, pad=PAD,
         )  # fmt: skip
-        assert images.home.type == (device if resident else "cpu")
-        index = torch.from_numpy(order.permutation(300, 0, 0)).to(images.home)
-        draws = torch.from_numpy(order.crops_and_flips(300, 0, 0, PAD)).to(images.home)
+        storage = images.storage_device
+        assert storage.type == (device if on_device else "cpu")
+        index = torch.from_numpy(sampling.permutation(300, 0, 0)).to(storage)
+        draws = torch.from_numpy(sampling.crops_and_flips(300, 0, 0, PAD)).to(storage)
         # All batches are on their way before the first is looked at.
         made.append([images.batch(part, draws) for part in index.split(32)])
     for (batch, labels), (other, others) in zip(*made, strict=True):
@@ -243,9 +243,10 @@ SYNCHRONISING = """
 import sys
 from torch import nn
 from torch.nn import functional
-from cifar import TorchComm
+from cifar import run
 from models._registry import register
-from utils.engine import leave, main
+from utils.distributed.ddp import DDPComm
+from utils.runtime.exit_codes import exit_process, run_worker
 
 class Net(nn.Module):
     def __init__(self, classes):
@@ -260,7 +261,7 @@ class Net(nn.Module):
 def synchronising(num_classes=10):
     return Net(num_classes)
 
-leave(main(TorchComm, sys.argv[1:]))
+exit_process(run_worker(DDPComm, run, sys.argv[1:]))
 """
 
 
@@ -284,37 +285,36 @@ MODES = [("resnet20", ["fp32 graph", "fp32"]),
                       marks=[pytest.mark.slow, pytest.mark.timeout(300)])]  # fmt: skip
 
 
-@pytest.mark.parametrize(("model", "arms"), MODES)
-def test_the_benchmark_measures_every_arm(monkeypatch, tmp_path, capsys, model, arms):
+@pytest.mark.parametrize(("model", "variants"), MODES)
+def test_the_benchmark_measures_every_variant(monkeypatch, tmp_path, capsys, model, variants):
     for name, value in environment().items():
-        monkeypatch.setenv(name, value)  # of the process that measures
+        monkeypatch.setenv(name, value)  # Of the process that measures.
     flags = ["--device", "cpu", "--scale", FEW, "--only", model, "--loaders", "1"]
     gpu.run(gpu.parse([*flags, "-o", str(tmp_path)]))
     found = json.loads((tmp_path / "gpu.json").read_text())["arms"]
-    assert [arm["arm"] for arm in found] == arms
-    assert not [arm["error"] for arm in found if "error" in arm]
+    assert [record["arm"] for record in found] == variants
+    assert not [record["error"] for record in found if "error" in record]
     assert (found[0]["steps"], found[0]["of_steps"]) == (1, 1)
     table = capsys.readouterr().out.split("\n\n")[-1]
     assert re.findall(rf"^{model} +(.*?)  ", table, re.M) == [
-        "plain, 1 loaders" if arm == "plain" else arm for arm in arms
+        "plain, 1 loaders" if variant == "plain" else variant for variant in variants
     ]
 
 
-def test_arms_that_do_not_fit_are_named_and_written(tmp_path, capsys):
+def test_variants_that_do_not_fit_are_named_and_written(tmp_path, capsys):
     flags = ["--device", "cpu", "--only", "resnet20,alexnet", "--budget", "1"]
     gpu.run(gpu.parse([*flags, "-o", str(tmp_path)]))
     found = json.loads((tmp_path / "gpu.json").read_text())["arms"]
-    assert [(arm["model"], arm["error"]) for arm in found] == [
+    assert [(record["model"], record["error"]) for record in found] == [
         *[("resnet20", "did not fit into the time")] * 2,
         *[("alexnet", "did not fit into the time")] * 4,
     ]
-    assert (
-        capsys.readouterr().out.count("did not fit into the time") == 12
-    )  # as it comes, and in the table
+    # Each is named as it comes, and in the table.
+    assert capsys.readouterr().out.count("did not fit into the time") == 12
 
 
 @pytest.mark.slow
-def test_an_arm_that_fails_costs_no_other(tmp_path):
+def test_a_variant_that_fails_costs_no_other(tmp_path):
     """A process ends over the first; another one measures the rest."""
     options = gpu.parse(["--device", "cpu", "--scale", FEW])
     jobs = [gpu.Job("no-such-model", "fp32"), gpu.Job("resnet20", "fp32")]
@@ -376,19 +376,34 @@ TINY = Recipe("tiny", ("-a", "resnet", "--depth", "8", "--train-batch", "10"), 0
 
 
 def test_the_benchmark_trains_with_a_graph(monkeypatch):
-    """As on a GPU, but that what is recorded is done again by Python."""
+    """As on a GPU, except that what is recorded is done again by Python."""
     data = load_dataset("synthetic10", "data", train_size=70, test_size=20)
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Replayer)
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", Replayer)
     found = gpu_worker.measure_training(TINY, data, ["fp32", "graph"], Comm())
     assert found["capture"] == 1.5
     assert (found["steps"], found["of_steps"]) == (7, 7)
     assert found["warnings"] == []
 
 
-def test_one_process_profiles_several_arms_with_graphs_between_them(monkeypatch):
+class Failing(Replayer):
+    """Cannot record."""
+
+    def record(self, work):
+        raise RuntimeError("not permitted\nmore")
+
+
+def test_the_benchmark_says_why_there_is_no_graph(monkeypatch):
+    data = load_dataset("synthetic10", "data", train_size=70, test_size=20)
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", Failing)
+    found = gpu_worker.measure_training(TINY, data, ["fp32", "graph"], Comm())
+    assert found["warnings"] == ["the step cannot be captured (not permitted)"]
+    assert found["epoch"] > 0
+
+
+def test_one_process_profiles_several_variants_with_graphs_between_them(monkeypatch):
     """Whose process keeps CUPTI, which may not start again beside a graph."""
     data = load_dataset("synthetic10", "data", train_size=70, test_size=20)
-    monkeypatch.setitem(graph.RECORDERS, "cpu", Tape)
+    monkeypatch.setitem(cuda_graph.RECORDERS, "cpu", Tape)
     for words in (["fp32", "graph"], ["fp32"], ["fp32", "graph"]):
         found = gpu_worker.measure_kernels(TINY, data, words, Comm())
         assert found["steps"] == 7

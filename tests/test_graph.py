@@ -23,23 +23,27 @@ from torch._subclasses.fake_tensor import (
 from models import create_model
 from tools.commands import engine_command
 from utils.checkpoint import format as checkpoint
-from utils.checkpoint.train_state import Position
-from utils.data import sampling as order
-from utils.data import synthetic
+from utils.checkpoint.manager import with_plain_rate
+from utils.checkpoint.restore import load_optimizer
+from utils.checkpoint.train_state import TrainState
+from utils.config.args import parse_args
+from utils.data import sampling, synthetic
 from utils.data.image_set import ImageSet
-from utils.distributed.comm import Comm, Exchange
-from utils.distributed.signals import Interrupt
+from utils.data.sampling import PAD
+from utils.distributed.comm import Comm
+from utils.distributed.signals import SignalHandler
 from utils.files import ROOT
-from utils.launch.heartbeat import Watch
+from utils.launch.heartbeat import Heartbeat
 from utils.metrics.meter import Meter
-from utils.metrics.step_times import StepTimes
-from utils.startup import PAD
-from utils.training.cuda_graph import CudaRecorder, StepGraph, wants_graph
+from utils.runtime.device import seed_generators
+from utils.training.cuda_graph import CudaRecorder, StepGraph, resolve_cuda_graph
+from utils.training.loop import TrainLoop
 from utils.training.optim import build_optimizer, set_learning_rate
-from utils.training.step import Step, seed_generators
-from utils.training.trainer import train_one_epoch
+from utils.training.plan import EpochPlan
+from utils.training.step import Step
 
 BATCH, COUNT = 8, 44  # five batches and a rest of four
+SYNC = parse_args([]).gradient_sync
 
 
 def synthetic_images():
@@ -50,7 +54,7 @@ def synthetic_images():
 
 
 @contextmanager
-def stepper(recorder, lines=None):
+def stepper(recorder):
     """A StepGraph, or None without a recorder, and a function that trains so many steps.
 
     The network has dropout and batch norm; each epoch ends with a smaller batch. The function
@@ -61,30 +65,29 @@ def stepper(recorder, lines=None):
     model = create_model("wrn", depth=10, widen_factor=1, drop=0.3)
     rate = torch.tensor(0.1) if recorder else 0.1
     optimizer = build_optimizer(model, rate, 0.9, 5e-4, False)
-    step = Step(comm, *comm.wrap(model, optimizer, Exchange()), "off")
+    step = Step(comm, *comm.prepare(model, optimizer, SYNC), "off")
     images = synthetic_images()
     meter = Meter(comm.device)
     graph = None
     if recorder:
-        say = [].append if lines is None else lines.append
-        graph = StepGraph(step, images, meter, BATCH, BATCH, 3, recorder, say)
-    bounds = order.batches(COUNT, BATCH, 1)
+        graph = StepGraph(step, images, meter, BATCH, BATCH, 3, recorder)
+    slices = sampling.batch_slices(COUNT, BATCH, 1)
     sums, done = [], itertools.count()
 
     def draws(epoch):
-        yield torch.from_numpy(order.permutation(COUNT, 0, epoch))
-        yield torch.from_numpy(order.crops_and_flips(COUNT, 0, epoch, PAD))
+        yield torch.from_numpy(sampling.permutation(COUNT, 0, epoch))
+        yield torch.from_numpy(sampling.crops_and_flips(COUNT, 0, epoch, PAD))
 
     epochs = [tuple(draws(epoch)) for epoch in range(2)]
 
     def trained(steps):
         for number in itertools.islice(done, steps):
-            epoch, k = divmod(number, len(bounds))
+            epoch, k = divmod(number, len(slices))
             if k == 0:
                 meter.start_from([], comm)
             sequence, augmentation = epochs[epoch % 2]
-            start, stop = bounds[k]
-            index, seed = sequence[start:stop], order.step_seed(0, epoch, k)
+            start, stop = slices[k]
+            index, seed = sequence[start:stop], sampling.step_seed(0, epoch, k)
             set_learning_rate(optimizer, 0.1 / (1 + k))
             if graph and graph.takes(len(index), stop - start):
                 graph(index, augmentation, seed)
@@ -92,7 +95,7 @@ def stepper(recorder, lines=None):
                 batch, labels = images.batch(index, augmentation)
                 loss, output = step(batch, labels, stop - start, seed)
                 meter.update(loss, output, labels)
-            if k == len(bounds) - 1:
+            if k == len(slices) - 1:
                 sums.append(meter.sums.clone())
         return model.state_dict(), sums
 
@@ -103,9 +106,9 @@ def stepper(recorder, lines=None):
             graph.drop()
 
 
-def train(recorder, lines=None):
+def train(recorder):
     """Two epochs: weights and sums."""
-    with stepper(recorder, lines) as (_, trained):
+    with stepper(recorder) as (_, trained):
         return trained(12)
 
 
@@ -123,7 +126,7 @@ def test_a_recorded_step_trains_what_the_plain_step_trains(kind):
         assert int(one[3]) == COUNT
 
 
-def test_where_recording_fails_training_goes_on_and_says_so_once():
+def test_where_recording_fails_training_continues_and_warns_once(capsys):
     class Failing(Replayer):
         def record(self, work):
             try:
@@ -131,12 +134,12 @@ def test_where_recording_fails_training_goes_on_and_says_so_once():
             finally:
                 raise RuntimeError("the capture was invalidated")
 
-    lines: list[str] = []
     recorder = Failing()
-    state, _ = train(recorder, lines)
+    state, _ = train(recorder)
+    (line,) = capsys.readouterr().out.splitlines()
     wanted, _ = train(None)
     assert recorder.calls == ["drop", "drop"]
-    (line,) = lines
+    assert line.startswith("warning: --graph: the step cannot be captured (")
     assert "operation not permitted \\x1b when stream is capturing)" in line
     for name, tensor in wanted.items():
         assert torch.allclose(state[name], tensor, rtol=1e-6, atol=1e-7), name
@@ -146,26 +149,26 @@ def test_a_graph_is_not_wanted_where_it_cannot_work():
     comm = Comm()
     cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
     comm.device = cpu
-    assert wants_graph("auto", comm, 1, cpu, "stop", False) == (False, "")
-    assert wants_graph("on", comm, 1, cpu, "stop", False) == (False, "it needs a GPU")
+    assert resolve_cuda_graph("auto", comm, 1, cpu, "stop", False) == (False, "")
+    assert resolve_cuda_graph("on", comm, 1, cpu, "stop", False) == (False, "it needs a GPU")
     comm.device = gpu
-    assert wants_graph("auto", comm, 1, gpu, "stop", False) == (True, "")
-    assert wants_graph("off", comm, 1, gpu, "stop", False) == (False, "")
-    assert wants_graph("auto", comm, 1, cpu, "stop", False) == (False, "")
-    assert "--resident" in wants_graph("on", comm, 1, cpu, "stop", False)[1]
-    assert "--on-nan" in wants_graph("on", comm, 1, gpu, "skip", False)[1]
-    assert "--drop" in wants_graph("on", comm, 1, gpu, "stop", True)[1]
-    assert not wants_graph("on", comm, 2, gpu, "stop", False)[0]
-    comm.size = 2
-    assert wants_graph("auto", comm, 1, gpu, "stop", False) == (False, "")
-    assert wants_graph("on", comm, 1, gpu, "stop", False) == (True, "")
-    comm.graph_warm_up = 0
-    assert "captured" in wants_graph("on", comm, 1, gpu, "stop", False)[1]
+    assert resolve_cuda_graph("auto", comm, 1, gpu, "stop", False) == (True, "")
+    assert resolve_cuda_graph("off", comm, 1, gpu, "stop", False) == (False, "")
+    assert resolve_cuda_graph("auto", comm, 1, cpu, "stop", False) == (False, "")
+    assert "--resident" in resolve_cuda_graph("on", comm, 1, cpu, "stop", False)[1]
+    assert "--on-nan" in resolve_cuda_graph("on", comm, 1, gpu, "skip", False)[1]
+    assert "--drop" in resolve_cuda_graph("on", comm, 1, gpu, "stop", True)[1]
+    assert not resolve_cuda_graph("on", comm, 2, gpu, "stop", False)[0]
+    comm.world_size = 2
+    assert resolve_cuda_graph("auto", comm, 1, gpu, "stop", False) == (False, "")
+    assert resolve_cuda_graph("on", comm, 1, gpu, "stop", False) == (True, "")
+    comm.graph_warm_up_steps = 0
+    assert "captured" in resolve_cuda_graph("on", comm, 1, gpu, "stop", False)[1]
 
 
 def test_the_rate_is_a_number_in_every_checkpoint():
     optimizer = build_optimizer(torch.nn.Linear(2, 2), torch.tensor(0.25), 0.9, 0, False)
-    state = checkpoint._with_plain_rate(optimizer.state_dict())
+    state = with_plain_rate(optimizer.state_dict())
     assert [type(group["lr"]) for group in state["param_groups"]] == [float]
 
 
@@ -197,7 +200,7 @@ def recorded(tmp_path):
 EAGER = ("--graph", "off")
 PRECISE = ("--dtype", "float64", "--graph")
 # Two epochs of six whole batches and a smaller one: three steps of warm-up, nine replays.
-CLOSING = "closing: 9 replays, 0 recordings alive; enter wrap record drop leave\n"
+CLOSING = "closing: 9 replays, 0 recordings alive; enter prepare record drop leave\n"
 
 
 def test_a_recorded_run_is_the_eager_run(recorded):
@@ -212,7 +215,7 @@ def test_a_recorded_run_is_the_eager_run(recorded):
 def test_all_of_a_run_happens_on_the_stream_that_is_captured(recorded):
     """From before the network is wrapped to after the graph is gone; an eager run has no other."""
     for workers in (1, 2):
-        for choice, calls in (("on", "enter wrap record drop leave"), ("off", "wrap")):
+        for choice, calls in (("on", "enter prepare record drop leave"), ("off", "prepare")):
             _, _, said = recorded(
                 f"{workers}-{choice}", "replayer", workers=workers, more=("--graph", choice)
             )
@@ -267,7 +270,7 @@ def test_the_recording_is_gone_before_the_engine_closes(recorded, faults, more, 
     assert words in said
     assert said.count("closing: ") == (code != 1)
     reports = [line for line in said.splitlines() if " recordings alive" in line]
-    wanted = re.compile(r"\w+: [1-9]\d* replays, 0 recordings alive; enter wrap record drop")
+    wanted = re.compile(r"\w+: [1-9]\d* replays, 0 recordings alive; enter prepare record drop")
     assert all(map(wanted.fullmatch, reports)), reports
 
 
@@ -442,17 +445,17 @@ class TestOfTheHost:
         with stepper(Empty()) as (graph, trained):
             trained(4)
             index, augmentation = graph._index.clone(), graph._epoch
-            watch, interrupt = Watch(), Interrupt(Comm(), ())
+            heartbeat, signals = Heartbeat(), SignalHandler(Comm(), ())
+            plan = EpochPlan.of(parse_args(["--train-batch", str(BATCH)]).train, 1, COUNT, 1)
+            loop = TrainLoop(graph.step, graph.images, plan)
+            loop.graph = graph
 
             def after_step(done):
-                watch.beat(f"step {done + 1} of epoch 1")
-                interrupt.poll()
+                heartbeat.beat(f"step {done + 1} of epoch 1")
+                signals.poll()
 
             def epoch():
-                train_one_epoch(
-                    graph.step, graph, graph.meter, graph.images, [(0, BATCH)] * 100, [0.1] * 100,
-                    Position(), 0, Comm(), StepTimes(), after_step,
-                )  # fmt: skip
+                loop.train_epoch(TrainState(), after_step, pytest.fail, [(0, BATCH)] * 100)
 
             times = {
                 "an empty replay": best(graph._replay),
@@ -460,7 +463,7 @@ class TestOfTheHost:
                 "the same inside the loop": best(epoch, 100),
                 "torch.manual_seed": best(lambda: torch.manual_seed(1)),
             }
-            watch.idle()
+            heartbeat.idle()
         print("".join(f"\n{name}: {time:.2f} us" for name, time in times.items()))
         assert times["the same inside the loop"] < times["torch.manual_seed"]
 
@@ -504,7 +507,7 @@ def test_a_step_holds_nothing_that_the_host_waits_for(monkeypatch, device, name,
         )
         model = make().train()
         images = object.__new__(ImageSet)
-        images.__dict__ |= vars(real) | {"device": device, "home": device}
+        images.__dict__ |= vars(real) | {"device": device, "storage_device": device}
         for part in ("windows", "labels", "scale", "shift"):
             tensor = mode.from_tensor(vars(real)[part])
             setattr(
@@ -515,7 +518,7 @@ def test_a_step_holds_nothing_that_the_host_waits_for(monkeypatch, device, name,
         comm = Comm()
         comm.device = device
         meter = Meter(device)
-        step = Step(comm, *comm.wrap(model, optimizer, Exchange()), amp)
+        step = Step(comm, *comm.prepare(model, optimizer, SYNC), amp)
         index = torch.zeros(BATCH, dtype=torch.int64)
         augmentation = torch.zeros(COUNT, 3, dtype=torch.int64)
 
@@ -551,15 +554,15 @@ def test_momentum_is_restored_where_it_is(tmp_path):
     model = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(model, 0.1, 0.9, 0, False)
     model(torch.ones(1, 3)).sum().backward()
-    fresh = checkpoint._with_plain_rate(optimizer.state_dict())
+    fresh = with_plain_rate(optimizer.state_dict())
     optimizer.step()
-    saved = copy.deepcopy(checkpoint._with_plain_rate(optimizer.state_dict()))
+    saved = copy.deepcopy(with_plain_rate(optimizer.state_dict()))
     kept = [entry["momentum_buffer"] for entry in optimizer.state.values()]
     wanted = [tensor.clone() for tensor in kept]
     assert wanted[0].any()
     for state, loaded in ((saved, True), (fresh, True), (None, False), (saved, True)):
         optimizer.step()
-        assert checkpoint.load_optimizer(optimizer, {"optimizer": state}, tmp_path) is loaded
+        assert load_optimizer(optimizer, {"optimizer": state}, tmp_path) is loaded
         now = [entry["momentum_buffer"] for entry in optimizer.state.values()]
         assert all(one is other for one, other in zip(now, kept, strict=True))
         for one, other in zip(now, wanted, strict=True):

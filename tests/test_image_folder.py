@@ -13,16 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from archives import silent
 from conftest import environment
 from PIL import Image
 
+from cifar import run
 from utils.data.datasets import load_dataset
 from utils.data.image_folder import read_image
 from utils.distributed.comm import Comm
-from utils.engine import main
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.runtime.exit_codes import run_worker
 
 
 def save(path: Path, image: Image.Image, **options) -> None:
@@ -42,8 +42,8 @@ def images(tmp_path):
     return root
 
 
-def load_folder(root, **options):
-    return load_dataset("folder", root, notify=options.pop("notify", silent), **options)
+def load_folder(root):
+    return load_dataset("folder", root)
 
 
 def complaint(images) -> str:
@@ -68,7 +68,7 @@ def test_a_folder_gives_classes_and_pixels_in_a_stable_order(images):
     assert again.std == data.std
 
 
-def test_every_kind_of_image_becomes_rgb_of_the_right_size(images):
+def test_every_kind_of_image_becomes_rgb_of_the_right_size(images, capsys):
     folder = images / "train" / "cat"
     save(folder / "a-grey.jpg", Image.new("L", (32, 32), 200))
     save(folder / "b-cmyk.jpg", Image.new("CMYK", (40, 20), (0, 255, 255, 0)))
@@ -84,10 +84,9 @@ def test_every_kind_of_image_becomes_rgb_of_the_right_size(images):
     save(folder / "h-bits.png", Image.new("1", (32, 32), 1))
     (folder / "notes.txt").write_text("no image")
     (folder / ".hidden.png").write_text("no image")
-    lines: list[str] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        data = load_folder(images, notify=lines.append)
+        data = load_folder(images)
     assert len(data.train_labels) == 14
     grey, cmyk = data.train_images[3], data.train_images[4]
     assert abs(int(grey[0, 0, 0]) - 200) < 4
@@ -97,7 +96,10 @@ def test_every_kind_of_image_becomes_rgb_of_the_right_size(images):
     assert data.train_images[8][0, 0].tolist() == [1, 0, 0], "of an animation the first frame"
     assert data.train_images[9][0, 0].tolist() == [10, 20, 30], "whatever is transparent"
     assert data.train_images[10][0, 0].tolist() == [255, 255, 255]
-    assert any("1 of 16 images were not 32x32" in line for line in lines)
+    assert capsys.readouterr().out.splitlines() == [
+        "decoding 16 images, once",
+        "warning: 1 of 16 images were not 32x32: resized",
+    ]
 
 
 def test_names_may_hold_anything(images):
@@ -127,7 +129,8 @@ def test_few_images_are_enough_to_train(tmp_path, classes, capsys):
         for part in ("train", "test"):
             save(tmp_path / "images" / part / name / "0.png", Image.new("RGB", (32, 32)))
     words = f"-d folder --data {tmp_path}/images -a alexnet --epochs 1 --train-batch 1".split()
-    assert main(Comm, [*words, "-c", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    words += ["-c", str(tmp_path / "run")]
+    assert run_worker(Comm, run, words) == 0, capsys.readouterr().err
 
 
 # --- what is refused -----------------------------------------------------------------------------
@@ -229,7 +232,7 @@ def test_what_is_wrong_with_a_folder_is_said(images, tmp_path):
 def test_the_program_says_so_in_one_line_and_writes_nothing(images, tmp_path, capsys):
     (images / "train" / "dog" / "line\nbreak.png").write_bytes(b"")
     words = ["-d", "folder", "--data", str(images), "-c", str(tmp_path / "run")]
-    assert main(Comm, words) == 2
+    assert run_worker(Comm, run, words) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(rf"error: {images}/train/dog/line\nbreak.png: not a readable image")
     assert not (tmp_path / "run").exists()

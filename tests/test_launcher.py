@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from conftest import environment, run
 
-from utils.config.args import parse_args
+from utils.config.args import DATASETS, parse_args
 from utils.config.recipes import load_recipes
-from utils.data.datasets import DATASETS
 from utils.files import ROOT
 
 LAUNCHER = ROOT / "launcher.sh"
@@ -156,7 +155,7 @@ def test_the_list_and_the_help_name_everything(launch):
     assert shown.returncode == 0
     for name in DATASETS:
         assert name in shown.stdout
-        assert parse_args(dry_run(launch, "-m", "vgg11", "-d", name)[2][1:]).dataset == name
+        assert parse_args(dry_run(launch, "-m", "vgg11", "-d", name)[2][1:]).data.dataset == name
 
 
 class TestPrintedCommand:
@@ -179,14 +178,14 @@ class TestPrintedCommand:
     def test_elsewhere_they_lead_to_the_project(self, launch):
         arguments = dry_run(launch, "-m", "ResNet-110", "-d", "cifar100")[2]
         assert arguments[0] == str(ROOT / "cifar.py")
-        options = parse_args(arguments[1:])
-        assert options.data == str(ROOT / "data")
-        assert options.checkpoint == str(ROOT / "checkpoints" / "cifar100" / "resnet110")
+        config = parse_args(arguments[1:])
+        assert config.data.data == str(ROOT / "data")
+        assert config.run.checkpoint == str(ROOT / "checkpoints" / "cifar100" / "resnet110")
 
     def test_what_follows_the_dashes_wins_over_the_recipe(self, launch):
         flags = "--lr 0.5 --epochs 2 -c x".split()
-        options = parse_args(dry_run(launch, "-m", "alexnet", "--", *flags)[2][1:])
-        assert (options.lr, options.epochs, options.checkpoint) == (0.5, 2, "x")
+        config = parse_args(dry_run(launch, "-m", "alexnet", "--", *flags)[2][1:])
+        assert (config.train.lr, config.train.epochs, config.run.checkpoint) == (0.5, 2, "x")
 
     @pytest.mark.parametrize(
         ("arguments", "gpus", "changes", "workers", "visible"),

@@ -1,4 +1,4 @@
-"""requirements.lock pins what the requirements ask for, with digests."""
+"""requirements.lock, which uv writes, pins what the requirements ask for, with digests."""
 
 import re
 
@@ -15,7 +15,7 @@ KIND = {
 
 
 def requirements(name):
-    """The requirements of a file that hold there, by name."""
+    """Return the requirements of a file that hold there, by name."""
     found = {}
     for line in (ROOT / name).read_text().splitlines():
         if line and not line.startswith("#"):
@@ -26,16 +26,17 @@ def requirements(name):
 
 
 def plain(name):
+    """Return the name of a package as the index spells it."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def locked():
-    """Versions by name; every entry has a sha256 and nothing else."""
+    """Return the versions by name, of a file whose entries have digests and nothing else."""
     text = (ROOT / "requirements.lock").read_text()
-    entry = re.compile(r"^([\w.-]+)==(\S+) \\\n    --hash=sha256:[0-9a-f]{64}\n", re.M)
-    rest = re.sub(r"^#.*\n", "", entry.sub("", text), flags=re.M)
+    entry = re.compile(r"^([\w.-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)\n", re.M)
+    rest = re.sub(r"^ *#.*\n", "", entry.sub("", text), flags=re.M)
     assert rest == "", "entries without a digest, or other lines"
-    return {plain(name): version for name, version in entry.findall(text)}
+    return {plain(name): version for name, version, _ in entry.findall(text)}
 
 
 def test_the_lock_and_the_constraints_agree():
@@ -45,7 +46,19 @@ def test_the_lock_and_the_constraints_agree():
         for name, wanted in requirements("constraints.txt").items()
         if versions.get(name) not in wanted
     }
-    assert wrong == {}, "python -m tools.lock writes the file anew"
+    assert wrong == {}, "the command at the head of requirements.lock makes it anew"
+
+
+def test_the_lock_says_how_it_is_made():
+    """The command asks for the kind of machine that the tests of this file assume."""
+    head = (ROOT / "requirements.lock").read_text().split("\n")[1]
+    assert head.startswith("#    uv pip compile --generate-hashes --python-version 3.11 ")
+    for word in ("linux", "requirements.txt", "requirements-dev.txt", "constraints.txt"):
+        assert word in head
+
+
+def test_the_lock_names_no_index():
+    assert "://" not in (ROOT / "requirements.lock").read_text()
 
 
 def test_the_lock_has_all_that_is_required():

@@ -1,4 +1,4 @@
-"""The architectures: names, shapes and counts of published checkpoints, and how they learn."""
+"""The architectures have names, shapes and counts of published checkpoints, and they learn."""
 
 import json
 import shlex
@@ -10,7 +10,7 @@ from torch import nn
 
 from models import ModelError, create_model, identify, list_models, model_arguments, register
 from models._registry import _factories
-from utils.config.args import model_arguments_of, parse_args
+from utils.config.args import parse_args
 
 # Parameter counts, and names and shapes in order, of checkpoints of bearpaw-style scripts.
 REFERENCE = json.loads((Path(__file__).parent / "reference" / "state_dicts.json").read_text())
@@ -30,11 +30,13 @@ SMALL = {
 
 
 def parsed(line: str) -> tuple[str, dict]:
-    options = parse_args(["-a", *shlex.split(line)])
-    return options.arch, model_arguments_of(options)
+    """Return the architecture and the arguments of a line of model flags."""
+    model = parse_args(["-a", *shlex.split(line)]).model
+    return model.arch, model.arguments()
 
 
 def shapes_of(name: str, **arguments) -> list:
+    """Return the names and shapes of a network's tensors, in order."""
     with torch.device("meta"):
         model = create_model(name, **arguments)
     return [[key, list(tensor.shape)] for key, tensor in model.state_dict().items()]

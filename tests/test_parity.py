@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from models import create_model
+from utils.config.args import parse_args
 from utils.data import synthetic
 from utils.data.image_set import ImageSet
-from utils.distributed.comm import Comm, Exchange
-from utils.runtime.memory_format import lay_out
+from utils.distributed.comm import Comm
+from utils.runtime.memory_format import apply_memory_format
 from utils.training.optim import build_optimizer
 from utils.training.step import Step
 
@@ -48,9 +49,9 @@ def test_the_fast_path_trains_what_a_plain_loop_trains(name, arguments, layout):
     torch.manual_seed(0)
     model = create_model(name, **arguments)
     comm = Comm()
-    lay_out(model, [images], layout, comm)
+    apply_memory_format(model, [images], layout, comm)
     optimizer = build_optimizer(model, RATE, 0.9, 5e-4, False)
-    step = Step(comm, *comm.wrap(model, optimizer, Exchange()), "off")
+    step = Step(comm, *comm.prepare(model, optimizer, parse_args([]).gradient_sync), "off")
     for k, index in enumerate(torch.arange(20 * 32).split(32)):
         loss, _ = step(*images.batch(index), 32, seed=k)
         assert loss.item() / 32 == pytest.approx(wanted[k], rel=1e-4), f"step {k}"

@@ -12,10 +12,11 @@ from tools import verify
 from tools.commands import engine_command
 from tools.fault_injection import MISTAKES
 from utils.checkpoint import format as checkpoint
+from utils.checkpoint.resume import LoadedCheckpoint
+from utils.checkpoint.train_state import TrainState
 from utils.config.args import parse_args
 from utils.errors import UserError
 from utils.files import ROOT
-from utils.startup import Saved, start_position
 
 STEPS = 2 * 7  # 197 images in batches of 32, two epochs
 FAST = [
@@ -132,11 +133,11 @@ def test_replicas_that_come_apart_are_noticed(run, tmp_path):
 
 def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(tmp_path):
     state = {"epoch": 0, "step": 3, "shape": {"global batch": 32, "seed": 0}}
-    options = parse_args(["--epochs", "2"])
-    saved = Saved(tmp_path / "file", state)
-    assert start_position(options, saved, {"global batch": 32, "seed": 0}).step == 3
+    train = parse_args(["--epochs", "2"]).train
+    loaded = LoadedCheckpoint(tmp_path / "file", state)
+    assert TrainState.start(train, loaded, {"global batch": 32, "seed": 0}).step == 3
     with pytest.raises(UserError, match="global batch 32, not 16"):
-        start_position(options, saved, {"global batch": 16, "seed": 0})
+        TrainState.start(train, loaded, {"global batch": 16, "seed": 0})
 
 
 @pytest.mark.parametrize(

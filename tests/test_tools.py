@@ -1,4 +1,4 @@
-"""The commands of tools/ on real checkpoints and images."""
+"""The commands of tools/, on real checkpoints and images."""
 
 import importlib.util
 import json

@@ -7,13 +7,14 @@ import pytest
 import torch
 from conftest import run
 
-from cifar import TorchComm
+from cifar import run as program
 from tools.commands import SCRIPTS, engine_command, has_horovod
 from utils.checkpoint import format as checkpoint
-from utils.engine import main
+from utils.distributed.ddp import DDPComm
 from utils.files import ROOT
 from utils.metrics.plot import read_log
 from utils.metrics.run_log import LOG_COLUMNS
+from utils.runtime.exit_codes import run_worker
 
 # A run of a few seconds: part of the synthetic data.
 QUICK = "-d synthetic10 --train-size 400 --test-size 101 --train-batch 64 --epochs 2".split()
@@ -160,6 +161,7 @@ class TestRunFolder:
         ("-a resnet --depth 21", ["--depth 21", "6n + 2", "20, 26"]),
         ("-a preresnet --depth 21 --block-name bottleneck", ["--depth 21", "9n + 2", "20, 29"]),
         ("-a resnet --block-name wide", ["--block-name wide", "bottleneck"]),
+        ("-a alexnt", ["-a 'alexnt'", "choose from alexnet"]),
         ("-a alexnet --depth 20", ["--depth 20", "alexnet does not take it"]),
         ("-a wrn --growthRate 12", ["--growthRate 12", "wrn does not take it"]),
         ("--backward-passes-per-step 65", ["--train-batch 64", "smaller than 65"]),
@@ -177,7 +179,7 @@ class TestRunFolder:
 def test_bad_input_is_one_line_and_leaves_nothing(flags, words, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert main(TorchComm, [*QUICK, *flags.split()]) == 2
+    assert run_worker(DDPComm, program, [*QUICK, *flags.split()]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     for word in words:
@@ -199,7 +201,12 @@ def test_bad_input_of_several_workers_is_one_line_too(run, tmp_path):
 
 def test_a_run_folder_that_cannot_be_written_to_is_bad_input(tmp_path, capfd):
     (tmp_path / "file").write_text("")
-    assert main(TorchComm, [*QUICK, "-a", "alexnet", "-c", str(tmp_path / "file" / "run")]) == 2
+    assert (
+        run_worker(
+            DDPComm, program, [*QUICK, "-a", "alexnet", "-c", str(tmp_path / "file" / "run")]
+        )
+        == 2
+    )
     assert "-c DIR" in capfd.readouterr().err
 
 

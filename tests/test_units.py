@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from argparse import Namespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,21 +15,25 @@ from torch import nn
 
 from models import create_model
 from utils.checkpoint import format as checkpoint
-from utils.config.args import build_parser, parse_args, warnings
-from utils.distributed.comm import Comm, Exchange
+from utils.checkpoint.manager import save
+from utils.checkpoint.restore import load_model, load_optimizer
+from utils.checkpoint.resume import LoadedCheckpoint
+from utils.config.args import build_parser, parse_args
+from utils.config.validation import warnings
+from utils.distributed.comm import Comm
 from utils.errors import UserError
 from utils.metrics.meter import Meter, Metrics
 from utils.metrics.plot import draw, read_log
 from utils.metrics.run_log import LOG_COLUMNS, RunLog
 from utils.metrics.step_times import StepTimes
 from utils.runtime import memory_format
-from utils.startup import Saved, memory_format_for
+from utils.training import build
 from utils.training.optim import Schedule, build_optimizer, scaled_rate
 
 
 class TestOptions:
     def test_defaults_are_those_of_the_scripts_that_users_come_from(self):
-        options = vars(parse_args([]))
+        options = parse_args([]).options()
         wanted = {
             "dataset": "cifar10",
             "workers": 4,
@@ -57,7 +62,7 @@ class TestOptions:
 
     @pytest.mark.parametrize("spelling", ["--local-rank=1", "--local_rank=1"])
     def test_both_spellings_of_the_local_rank_are_accepted(self, spelling):
-        assert parse_args([spelling]).local_rank == 1
+        assert parse_args([spelling]).hardware.local_rank == 1
 
     def test_the_set_of_flags_is_frozen(self):
         flags = {flag for action in build_parser()._actions for flag in action.option_strings}
@@ -72,7 +77,6 @@ class TestOptions:
             ("--lr -1", "--lr", "'-1'"),
             ("--drop 1", "--drop", "below 1"),
             ("-d cifr10", "'cifr10'", "cifar10"),
-            ("-a alexnt", "'alexnt'", "alexnet"),
             ("--seed -3", "--seed", "0"),
             ("--evaluate", "--evaluate", "--resume"),
             ("--overwrite --resume auto", "--overwrite", "leave one out"),
@@ -96,10 +100,10 @@ class TestOptions:
         assert "\n" not in str(caught.value)
 
     def test_an_odd_schedule_is_a_warning(self):
-        assert warnings(parse_args("--schedule 81 122 --epochs 164".split())) == []
-        (line,) = warnings(parse_args("--schedule 122 81 --epochs 164".split()))
+        assert warnings(parse_args("--schedule 81 122 --epochs 164".split()).train) == []
+        (line,) = warnings(parse_args("--schedule 122 81 --epochs 164".split()).train)
         assert "122 81" in line
-        (line,) = warnings(parse_args("--schedule 81 122 --epochs 100".split()))
+        (line,) = warnings(parse_args("--schedule 81 122 --epochs 100".split()).train)
         assert "past --epochs 100" in line
 
 
@@ -156,20 +160,20 @@ class TestCheckpoint:
 
     def test_what_is_saved_comes_back_and_no_temporary_file_stays(self, tmp_path):
         model = create_model("alexnet")
-        checkpoint.save(tmp_path, self.state(model), is_best=True)
+        save(tmp_path, self.state(model), is_best=True)
         assert sorted(p.name for p in tmp_path.iterdir()) == [checkpoint.LATEST, checkpoint.BEST]
         for name in (checkpoint.LATEST, checkpoint.BEST):
             state = checkpoint.load(tmp_path / name)
             assert state["epoch"] == 3
             fresh = create_model("alexnet")
-            checkpoint.load_model(fresh, state, tmp_path / name, "alexnet")
+            load_model(fresh, state, tmp_path / name, "alexnet")
             assert torch.equal(fresh.classifier.weight, model.classifier.weight)
 
     def test_a_failed_save_leaves_the_previous_checkpoint(self, tmp_path):
-        checkpoint.save(tmp_path, self.state(create_model("alexnet")), is_best=False)
+        save(tmp_path, self.state(create_model("alexnet")), is_best=False)
         before = (tmp_path / checkpoint.LATEST).read_bytes()
         with pytest.raises(Exception, match="pickle"):
-            checkpoint.save(tmp_path, {"unpicklable": threading.Lock()}, is_best=False)
+            save(tmp_path, {"unpicklable": threading.Lock()}, is_best=False)
         assert (tmp_path / checkpoint.LATEST).read_bytes() == before
         assert len(list(tmp_path.iterdir())) == 1
 
@@ -183,7 +187,7 @@ class TestCheckpoint:
         path = tmp_path / "old.pth.tar"
         torch.save({"state_dict": old, "epoch": 1}, path)
         fresh = create_model("resnet", depth=8)
-        checkpoint.load_model(fresh, checkpoint.load(path), path, "resnet")
+        load_model(fresh, checkpoint.load(path), path, "resnet")
         assert torch.equal(fresh.layer3[0].conv1.weight, model.layer3[0].conv1.weight)
 
     def test_a_file_in_the_format_of_old_torch_loads(self, tmp_path):
@@ -195,7 +199,7 @@ class TestCheckpoint:
         path = tmp_path / "resnet.pth.tar"
         torch.save(self.state(create_model("resnet", depth=20)), path)
         with pytest.raises(UserError, match=r"holds resnet \(depth 20.*not alexnet") as caught:
-            checkpoint.load_model(
+            load_model(
                 create_model("alexnet"), checkpoint.load(path), path, "alexnet (num_classes 10)"
             )
         assert "\n" not in str(caught.value)
@@ -242,12 +246,12 @@ class TestCheckpoint:
         saved = {"optimizer": trained(create_model("vgg11")).state_dict()}
         fresh = build_optimizer(create_model("alexnet"), 0.1, 0.9, 0, False)
         with pytest.raises(UserError, match="optimizer"):
-            checkpoint.load_optimizer(fresh, saved, tmp_path / "x")
+            load_optimizer(fresh, saved, tmp_path / "x")
 
     def test_the_settings_of_the_command_line_win_over_the_files(self, tmp_path):
         saved = build_optimizer(nn.Linear(2, 2), 0.1, 0.9, 1e-4, False).state_dict()
         fresh = build_optimizer(nn.Linear(2, 2), 0.2, 0.8, 5e-4, True)
-        assert checkpoint.load_optimizer(fresh, {"optimizer": saved}, tmp_path)
+        assert load_optimizer(fresh, {"optimizer": saved}, tmp_path)
         (group,) = fresh.param_groups
         assert (group["lr"], group["momentum"], group["weight_decay"]) == (0.2, 0.8, 5e-4)
         assert group["nesterov"]
@@ -297,8 +301,9 @@ class TestRunLog:
 
 def test_the_serial_engine_refuses_adasum():
     model = nn.Linear(1, 1)
+    sync = parse_args(["--adasum"]).gradient_sync
     with pytest.raises(UserError, match="Horovod"):
-        Comm().wrap(model, build_optimizer(model, 0.1, 0, 0, False), Exchange(adasum=True))
+        Comm().prepare(model, build_optimizer(model, 0.1, 0, 0, False), sync)
 
 
 class TestMemoryFormat:
@@ -307,14 +312,14 @@ class TestMemoryFormat:
         model = create_model("resnet", depth=8)
         before = copy.deepcopy(model.state_dict())
         state = torch.get_rng_state()
-        first = memory_format.choose("resnet-8", model, 10**6, "off", Comm())
+        first = memory_format.choose_memory_format("resnet-8", model, 10**6, "off", Comm())
         assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
         assert torch.equal(torch.get_rng_state(), state)
         (answers,) = tmp_path.rglob("memory-format.json")
         (key,) = json.loads(answers.read_text())
         assert key.startswith("resnet-8 | torch.float32")
         monkeypatch.setattr(memory_format, "_try", lambda *_: pytest.fail("tried again"))
-        assert memory_format.choose("resnet-8", model, 10**6, "off", Comm()) == first
+        assert memory_format.choose_memory_format("resnet-8", model, 10**6, "off", Comm()) == first
 
     def test_a_damaged_memory_or_none_is_no_obstacle(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -322,10 +327,16 @@ class TestMemoryFormat:
         path = tmp_path / "cifar-allreduce" / "memory-format.json"
         path.parent.mkdir()
         path.write_text("[1, 2")
-        assert memory_format.choose("alexnet", model, 10**6, "off", Comm()) in memory_format.FORMATS
+        assert (
+            memory_format.choose_memory_format("alexnet", model, 10**6, "off", Comm())
+            in memory_format.FORMATS
+        )
         assert len(json.loads(path.read_text())) == 1
         monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-        assert memory_format.choose("alexnet", model, 10**6, "off", Comm()) in memory_format.FORMATS
+        assert (
+            memory_format.choose_memory_format("alexnet", model, 10**6, "off", Comm())
+            in memory_format.FORMATS
+        )
 
     @pytest.mark.parametrize(
         ("line", "saved", "wanted"),
@@ -337,10 +348,17 @@ class TestMemoryFormat:
         ],
     )
     def test_the_command_line_and_the_checkpoint_come_first(self, line, saved, wanted, tmp_path):
-        options = parse_args(["-a", "alexnet", *line.split()])
-        file = Saved(tmp_path / "file", {"memory_format": saved}) if saved else None
-        model = create_model("alexnet")
-        assert memory_format_for(model, options, file, 1000, Comm()) == wanted
+        config = parse_args(["-a", "alexnet", "-d", "synthetic10", *line.split()])
+        config = config.replace(data=replace(config.data, train_size=1000, test_size=10))
+        comm = Comm()
+        loaded = None
+        if saved:
+            state = {"memory_format": saved, "state_dict": create_model("alexnet").state_dict()}
+            loaded = LoadedCheckpoint(tmp_path / "file", state)
+        splits = build.splits(build.dataset(config.data), config, comm)
+        _, found = build.model(config, 10, splits, loaded, comm)
+        assert found == wanted
+        assert splits.train.memory_format == memory_format.FORMATS[wanted]
 
     def test_momentum_is_laid_out_like_its_parameter(self, tmp_path):
         model = nn.Conv2d(3, 4, 3)
@@ -349,7 +367,7 @@ class TestMemoryFormat:
         optimizer.step()
         other = nn.Conv2d(3, 4, 3).to(memory_format=torch.channels_last)
         fresh = build_optimizer(other, 0.1, 0.9, 0, False)
-        checkpoint.load_optimizer(fresh, {"optimizer": optimizer.state_dict()}, tmp_path)
+        load_optimizer(fresh, {"optimizer": optimizer.state_dict()}, tmp_path)
         momentum = fresh.state[other.weight]["momentum_buffer"]
         assert momentum.stride() == other.weight.stride()
         assert torch.equal(momentum, optimizer.state[model.weight]["momentum_buffer"])

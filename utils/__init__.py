@@ -1,1 +1,4 @@
-"""What the two training scripts share, one concern a file."""
+"""All that the two training scripts are made of: eight packages, each on top of those below it.
+
+From the top: training, checkpoint, runtime, data, metrics, distributed, launch, config.
+"""

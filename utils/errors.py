@@ -1,4 +1,4 @@
-"""The exceptions that have a meaning for the user, and the exit codes they stand for."""
+"""The exceptions that have a meaning for the user, and the exit codes that they stand for."""
 
 import sys
 from collections.abc import Callable
@@ -7,17 +7,21 @@ from typing import ParamSpec
 
 P = ParamSpec("P")
 
-# 0 finished, 1 an unexpected exception, which another try from the newest checkpoint may survive,
-# 2 bad input, 3 training failed, 75 stopped by a signal after a save: run me again, 130 ended by
-# Ctrl-C. The launcher's are the same without 1.
+# The exit codes are 0, finished; 1, an unexpected exception, which a restart from the newest
+# checkpoint may get past; 2, bad input; 3, training failed; 75, stopped by a signal after a save,
+# to be run again; and 130, ended by Ctrl-C. The launcher has the same codes except 1.
 CRASHED, BAD_INPUT, FAILED, RUN_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
 
 
 def one_line(text: str, most: int = 400) -> str:
-    """The text with line breaks and all else that would disturb a terminal or a log escaped.
+    """Return a text with all characters escaped that would disturb a terminal or a log.
 
-    Names of files and answers of servers may hold such characters, and bytes that are no UTF-8.
-    Of a text that is longer than ``most`` characters the middle is left out.
+    Names of files and answers of servers may hold line breaks, control characters and bytes that
+    are not valid UTF-8.
+
+    Args:
+        text: The text.
+        most: The length above which the middle of the text is left out.
     """
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     half = most // 2 - 2
@@ -25,18 +29,26 @@ def one_line(text: str, most: int = 400) -> str:
 
 
 class UserError(Exception):
-    """Bad input: one line that names the flag, its value and the way out.
+    """Bad input. The message is one line that names the flag, its value and the remedy.
 
-    The main program prints it as ``error: <message>`` and exits with code 2; nothing has been
-    written by then. Whatever a value brings into the message, it stays a line that can be read.
+    The main program prints it as ``error: <message>`` and exits with code 2. Nothing has been
+    written by then.
     """
 
     def __init__(self, message: str) -> None:
+        """Create an error whose message is one line, whatever text a value has brought into it."""
         super().__init__(one_line(message))
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:
-    """Make a command: bad input is one line, Ctrl-C no traceback, and both an exit code."""
+    """Turn bad input into one line and Ctrl-C into no traceback, and both into an exit code.
+
+    Args:
+        main: The function of a command, which returns an exit code.
+
+    Returns:
+        The same function without these exceptions.
+    """
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
@@ -53,30 +65,37 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
 
 class TrainingError(Exception):
-    """Training cannot go on: one line that says where and why. Exit code 3."""
+    """Training cannot continue. The message is one line that says where and why. Exit code 3."""
 
 
 class NotFinite(Exception):
-    """A loss or a gradient is NaN or infinite; the same on all workers.
+    """A loss or a gradient is NaN or infinite, in the same way on all workers.
 
     Attributes:
-        rank: a worker whose own loss is not finite; None if it is the gradient, or unknown.
-        step: of the epoch, counted from 0.
+        rank: A worker whose own loss is not finite; None if a gradient is not, or if no worker is
+            known.
+        step: The step of the epoch, counted from 0.
     """
 
     def __init__(self, rank: int | None, step: int = 0) -> None:
+        """Create an exception for a rank and a step."""
         super().__init__("not finite")
         self.rank = rank
         self.step = step
 
 
 class Interrupted(Exception):
-    """A signal has asked the run to stop; all workers have agreed on it at the same step."""
+    """A signal has asked the run to stop, and all workers have agreed on it at the same step."""
 
 
 class PeerFailed(Exception):
-    """Another worker has failed and has said why; this one ends with the same exit code."""
+    """Another worker has failed and has reported why; this one ends with the same exit code.
+
+    Attributes:
+        code: The exit code.
+    """
 
     def __init__(self, code: int) -> None:
+        """Create an exception for an exit code."""
         super().__init__(f"another worker has failed with exit code {code}")
         self.code = code

@@ -1,4 +1,4 @@
-"""Files that are complete or absent at every moment."""
+"""Files that are complete or absent at every moment, and folders that one process owns."""
 
 import contextlib
 import fcntl
@@ -24,17 +24,18 @@ def write_atomically(
     write: Callable[[IO[bytes]], Any],
     before: Callable[[Path], Any] = lambda _: None,
 ) -> None:
-    """Replace a file by what ``write`` puts into it.
+    """Replace a file by what ``write`` writes.
 
-    The content goes to a temporary file beside it, is flushed to disk and renamed; until then
-    the old file stays. A failed write leaves nothing behind.
+    The content goes to a temporary file beside it, is flushed to disk and renamed. The old file
+    stays until then, and a failed write leaves nothing behind.
 
     Args:
-        path: the file.
-        write: gets the open file.
-        before: gets the name of the complete temporary file, just before it is renamed.
+        path: The file to replace.
+        write: A function that gets the open file.
+        before: A function that gets the path of the complete temporary file just before it is
+            renamed.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    temporary = _temporary_path(path)
     try:
         with temporary.open("wb") as file:
             write(file)
@@ -47,7 +48,7 @@ def write_atomically(
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)  # the rename itself
+        os.fsync(folder)  # This flushes the new name of the file.
     finally:
         os.close(folder)
 
@@ -58,17 +59,20 @@ def write_text(path: Path, text: str) -> None:
 
 
 class FolderInUse(Exception):
-    """Another process holds the folder's lock; the text says which."""
+    """Another process holds the lock of the folder; the message names the process."""
 
 
 def lock_folder(folder: Path) -> IO[str]:
-    """Claim a folder for this process; the kernel lets go of it when the process ends.
+    """Lock a folder for this process; the kernel releases the lock when the process ends.
+
+    Args:
+        folder: The folder.
 
     Returns:
-        The lock file. ``unlock_folder`` removes it.
+        The lock file, for ``unlock_folder``.
 
     Raises:
-        FolderInUse: names the other process.
+        FolderInUse: Another process has locked the folder.
     """
     path = folder / _LOCK
     while True:
@@ -80,12 +84,10 @@ def lock_folder(folder: Path) -> IO[str]:
             holder = file.read().strip()
             file.close()
             raise FolderInUse(holder or "another process") from None
-        try:
+        with contextlib.suppress(FileNotFoundError):
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break
-        except FileNotFoundError:
-            pass
-        file.close()  # its holder has removed it meanwhile
+        file.close()  # The previous holder has removed this file since it was opened here.
     file.truncate(0)
     file.write(f"process {os.getpid()} on {platform.node()}\n")
     file.flush()
@@ -93,15 +95,20 @@ def lock_folder(folder: Path) -> IO[str]:
 
 
 def unlock_folder(file: IO[str]) -> None:
-    """Let go of a folder."""
+    """Release the lock that ``lock_folder`` has returned, and remove its file."""
     with contextlib.suppress(OSError):
         os.unlink(file.name)
     file.close()
 
 
 def replace_by_link(source: Path, path: Path) -> None:
-    """Replace a file by another name of ``source``, or by a copy where there are no hard links."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")
+    """Replace a file by a hard link to another file, or by a copy where there are no hard links.
+
+    Args:
+        source: The file to link to.
+        path: The file to replace.
+    """
+    temporary = _temporary_path(path)
     try:
         try:
             os.link(source, temporary)
@@ -113,22 +120,25 @@ def replace_by_link(source: Path, path: Path) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what writers that were killed have left in a folder."""
+    """Remove the temporary files of writers that were killed."""
     for leftover in folder.glob(f".*{_SUFFIX}"):
         leftover.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
-    """Raise OSError where no file can be made in the folder."""
+    """Raise an OSError if no file can be created in the folder."""
     with tempfile.NamedTemporaryFile(dir=folder, suffix=_SUFFIX, prefix="."):
         pass
 
 
 def make_output(folder: Path) -> None:
-    """Make the folder that -o names for results.
+    """Create the folder for results that the option -o names.
+
+    Args:
+        folder: The folder, which may exist.
 
     Raises:
-        UserError: it cannot be made or written to.
+        UserError: The folder cannot be created or written to.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -137,3 +147,8 @@ def make_output(folder: Path) -> None:
         raise UserError(
             f"-o {folder}: cannot be written to ({error.strerror}); name another folder"
         ) from error
+
+
+def _temporary_path(path: Path) -> Path:
+    """Return the path of this process's temporary file for a file."""
+    return path.with_name(f".{path.name}.{os.getpid()}{_SUFFIX}")

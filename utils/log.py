@@ -1,7 +1,7 @@
-"""The lines that a run prints: rank 0 alone speaks, whoever calls.
+"""The lines that a run prints: on rank 0 alone, whichever module calls.
 
 A line goes to standard output as it is, because people and programs read log files of runs by their
-lines. What ends a run is another matter: utils/runtime/exit_codes.py prints it to standard error.
+lines. What ends a run is another matter; utils/runtime/exit_codes.py prints it to standard error.
 """
 
 import logging
@@ -62,8 +62,3 @@ def open_streams() -> None:
             if descriptor != number:
                 os.dup2(descriptor, number)
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
-
-
-def say(text: str) -> None:  # of callers that are still to move
-    """Print a line."""
-    info(text)

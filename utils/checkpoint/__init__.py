@@ -1,1 +1,1 @@
-"""What a run keeps: its folder, its checkpoints, and how it goes on from them."""
+"""What a run keeps: its folder, its checkpoints, and how it continues from them."""

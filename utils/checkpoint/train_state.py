@@ -1,32 +1,93 @@
 """How far a run has come."""
 
 from dataclasses import dataclass, field
+from typing import Any
+
+from utils.checkpoint.resume import LoadedCheckpoint
+from utils.config.schema import TrainConfig
+from utils.errors import UserError
 
 
 @dataclass
-class Position:
+class TrainState:
     """How far training has come.
 
     Attributes:
-        epoch: the epoch to train next or to go on with, counted from 0.
-        step: steps of that epoch that are done.
-        sums: what each worker's meter has added up in them, a row each; empty for nothing.
-        acc: the last validation accuracy, per cent.
-        best_acc, best_epoch: the highest so far and its epoch, counted from 1; 0 before the first.
+        epoch: The epoch to train next or to continue, counted from 0.
+        step: The steps of that epoch that are done.
+        metric_sums: What each worker's meter has added up in them, a row each; empty for nothing.
+        acc: The last validation accuracy, in per cent.
+        best_acc: The highest validation accuracy so far.
+        best_epoch: The epoch of the highest one, counted from 1; 0 before the first.
     """
 
     epoch: int = 0
     step: int = 0
-    sums: list[list[float]] = field(default_factory=list)
+    metric_sums: list[list[float]] = field(default_factory=list)
     acc: float = 0.0
     best_acc: float = 0.0
     best_epoch: int = 0
 
+    @classmethod
+    def start(
+        cls, train: TrainConfig, loaded: LoadedCheckpoint | None, fingerprint: dict[str, Any]
+    ) -> "TrainState":
+        """Return where training starts.
+
+        Args:
+            train: Says when training ends, and may say where it starts.
+            loaded: The checkpoint to continue, if any.
+            fingerprint: What the meaning of a step depends on; see ``EpochPlan.fingerprint``.
+
+        Raises:
+            UserError: The checkpoint has no epochs left to train, or stands inside an epoch of
+                another fingerprint.
+        """
+        if loaded is None:
+            return cls(epoch=train.start_epoch or 0)
+        state = loaded.state
+        try:
+            found = cls(
+                epoch=int(state.get("epoch", 0)),
+                step=int(state.get("step", 0)),
+                metric_sums=_rows_of(state.get("step_sums", [])),
+                acc=float(state.get("acc", 0.0)),
+                best_acc=float(state.get("best_acc", 0.0)),
+                best_epoch=int(state.get("best_epoch", state.get("epoch", 0))),
+            )
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"--resume {loaded.path}: does not say how far it has been trained ({error}); "
+                "give another file"
+            ) from error
+        if train.start_epoch is not None:
+            found.epoch, found.step, found.metric_sums = train.start_epoch, 0, []
+        if found.epoch >= train.epochs:
+            raise UserError(
+                f"--resume {loaded.path}: has been trained for {found.epoch} epochs and --epochs "
+                f"is {train.epochs}; give more --epochs, or --evaluate"
+            )
+        for name, value in state.get("shape", {}).items() if found.step else ():
+            if fingerprint.get(name) != value:
+                raise UserError(
+                    f"--resume {loaded.path}: stands at step {found.step} of an epoch with {name} "
+                    f"{value}, not {fingerprint.get(name)}; finish that epoch with the old flags "
+                    "first"
+                )
+        return found
+
     def advance(self, acc: float) -> bool:
-        """Count the epoch that has just been validated; True if it is the best so far."""
-        self.epoch, self.step, self.sums = self.epoch + 1, 0, []
+        """Count the epoch that has just been validated; return whether it is the best so far."""
+        self.epoch, self.step, self.metric_sums = self.epoch + 1, 0, []
         self.acc = acc
         is_best = self.best_epoch == 0 or acc > self.best_acc
         if is_best:
             self.best_acc, self.best_epoch = acc, self.epoch
         return is_best
+
+
+def _rows_of(sums: list[Any]) -> list[list[float]]:
+    """Return the sums of each worker; files of format 1 hold one row of them all."""
+    if sums and not isinstance(sums[0], list):
+        return [list(sums)]
+    return [list(row) for row in sums]

@@ -1,4 +1,4 @@
-"""The recipes of recipes.tsv: names, aliases, and the folder name of a run.
+"""The recipes of recipes.tsv: their names and spellings.
 
 For launcher.sh:
 
@@ -11,7 +11,6 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,10 +29,11 @@ class Recipe:
     """A line of recipes.tsv.
 
     Attributes:
-        name: what ``launcher.sh -m`` takes.
-        flags: for cifar.py.
-        parameters: of the network for 10 classes.
-        authors, bearpaw: published test error on CIFAR-10 / CIFAR-100 in per cent, "-" for none.
+        name: The name that ``launcher.sh -m`` takes.
+        flags: The flags for cifar.py.
+        parameters: The number of parameters of the network for 10 classes.
+        authors: The authors' test error on CIFAR-10 / CIFAR-100 in per cent, "-" for none.
+        bearpaw: The test error that bearpaw/pytorch-classification publishes, likewise.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Recipe:
 
 
 def load_recipes(path: Path = FILE) -> dict[str, Recipe]:
-    """All recipes by name, in the file's order.
+    """Return all recipes by name, in the file's order.
 
     Raises:
-        ValueError: names the line and the column that are wrong.
+        ValueError: A line is wrong; it names the line and the column.
     """
     recipes: dict[str, Recipe] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -85,20 +85,20 @@ def _read_line(line: str, where: str) -> Recipe:
 
 
 def _plain(name: str) -> str:
-    """A name without what people write differently: resnet-110, ResNet_110, resnet110."""
+    """Return a name without what people write differently: resnet-110, ResNet_110, resnet110."""
     return re.sub(r"[-_ ]", "", name.lower())
 
 
 def _parts(name: str) -> list[str]:
-    """A name's words and numbers: wrn28_10_drop is wrn, 28, 10, drop."""
+    """Return a name's words and numbers: wrn28_10_drop is wrn, 28, 10, drop."""
     return re.findall(r"[a-z]+|\d+", name.lower())
 
 
 def find_recipe(name: str) -> Recipe:
-    """The recipe of a name or one of its spellings.
+    """Return the recipe of a name or one of its spellings.
 
     Raises:
-        UserError: no such recipe; names the closest, or those of a family.
+        UserError: There is no such recipe; it names the closest, or those of a family.
     """
     recipes = load_recipes()
     spellings = {_plain(known): recipe for known, recipe in recipes.items()}
@@ -114,31 +114,8 @@ def find_recipe(name: str) -> Recipe:
     raise UserError(f"-m {name!r}: no such recipe; {fix}")
 
 
-def run_name(arch: str, arguments: Mapping[str, object]) -> str:
-    """The folder name of a run: its recipe's, or one made of what its network differs in.
-
-    Args:
-        arch: the architecture.
-        arguments: those that are given to its factory.
-    """
-    from models import model_arguments  # imports torch; the launcher needs none of it
-    from utils.config.args import model_arguments_of, parse_args
-
-    own = model_arguments(arch)
-
-    def network(given: Mapping[str, object]) -> dict[str, object]:
-        return {**own, **given, "checkpoint_activations": None}  # which changes no result
-
-    for recipe in load_recipes().values():
-        options = parse_args(recipe.flags)
-        if options.arch == arch and network(model_arguments_of(options)) == network(arguments):
-            return recipe.name
-    parts = [f"_{name}_{value}" for name, value in arguments.items() if own.get(name) != value]
-    return re.sub(r"[^\w.-]", "_", arch + "".join(parts))
-
-
 def table() -> str:
-    """The recipes as aligned text."""
+    """Return the recipes as aligned text."""
     rows = [("recipe", "parameters", "authors", "bearpaw", "flags")]
     for recipe in load_recipes().values():
         count = f"{recipe.parameters / 1e6:.2f} M"
@@ -151,7 +128,7 @@ def table() -> str:
 
 
 def main(argv: list[str]) -> int:
-    """The command line; see the module's docstring."""
+    """Run the command line of the module's docstring and return the exit code."""
     try:
         if argv == ["list"]:
             print(table())
@@ -168,5 +145,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for --list | head
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # For ``--list | head``.
     raise SystemExit(main(sys.argv[1:]))

@@ -1,5 +1,8 @@
-"""The official CIFAR-10 and CIFAR-100 archives (Krizhevsky 2009, "Learning Multiple Layers of
-Features from Tiny Images"), read in memory: nothing is extracted, and no code in them is run."""
+"""The official CIFAR-10 and CIFAR-100 archives, read in memory.
+
+Nothing is extracted, and no code in them is run. The data sets are those of Krizhevsky 2009,
+"Learning Multiple Layers of Features from Tiny Images".
+"""
 
 import bz2
 import gzip
@@ -12,15 +15,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 
 from utils.errors import UserError
 
-_MOST_BYTES = 512 << 20  # an archive unpacks to 187 MB, or to 268 if Python 3 has pickled it
-_MOST_HEADERS = 1 << 20  # bytes; it has ten members
-_MOST_OPCODES = 1 << 19  # in a batch, which has 50,000 names and twice as many labels
+# An archive unpacks to 187 MB, or to 268 MB if Python 3 has pickled its batches.
+_MAX_BYTES = 512 << 20
+# An archive has ten members.
+_MAX_HEADER_BYTES = 1 << 20
+# The largest batch has 50,000 names and twice as many labels.
+_MAX_OPCODES = 1 << 19
 
 
 @dataclass(frozen=True)
@@ -28,11 +34,14 @@ class Archive:
     """What is known about an official archive.
 
     Attributes:
-        file, md5: the file's name and digest.
-        folder: the folder inside it, and the one that torchvision leaves beside it.
-        train, test: the batch files of the two sets, by name, with their md5.
-        meta: the file with the names of the classes, and its md5.
-        labels, names: the keys of labels and class names.
+        file: The name of the archive.
+        md5: The digest of the archive.
+        folder: The folder inside the archive, which is also the one that torchvision extracts.
+        train: The batch files of the training set by name, with their md5.
+        test: The batch files of the test set by name, with their md5.
+        meta: The file with the names of the classes, and its md5.
+        labels: The key of the labels in a batch.
+        names: The key of the class names in the meta file.
     """
 
     file: str
@@ -74,27 +83,43 @@ ARCHIVES = {
     ),
 }
 
-Arrays = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]
+
+class Arrays(NamedTuple):
+    """The images and labels of a data set, and the names of its classes.
+
+    Attributes:
+        train_images: (N, 32, 32, 3) uint8.
+        train_labels: (N,) int64.
+        test_images: (M, 32, 32, 3) uint8.
+        test_labels: (M,) int64.
+        classes: The names in the order of the labels.
+    """
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: tuple[str, ...]
 
 
 def read_archive(path: Path, archive: Archive) -> Arrays:
-    """Images and labels for training and test, and the names of the classes.
+    """Read an archive.
 
     Whatever the file holds, reading it takes a bounded time and memory and writes nothing.
 
-    Returns:
-        (N, 32, 32, 3) uint8 and (N,) int64, twice, and the names.
-
     Raises:
-        UserError: not such an archive.
+        UserError: The file is not such an archive.
     """
-    with _explained(path, archive):
-        content = _members(path, archive)
-        return _arrays(content, archive)
+    with _name_in_errors(path, archive):
+        return _read_batches(_read_members(path, archive), archive)
 
 
 def read_folder(folder: Path, archive: Archive) -> Arrays | None:
-    """The same from the folder that torchvision extracts; None where a file is not the original."""
+    """Read the folder that torchvision extracts; return None where a file is not the original.
+
+    Raises:
+        UserError: A file is the original and cannot be read all the same.
+    """
     expected = {**archive.train, **archive.test, archive.meta[0]: archive.meta[1]}
     content = {}
     for name, md5 in expected.items():
@@ -104,18 +129,18 @@ def read_folder(folder: Path, archive: Archive) -> Arrays | None:
             return None
         if hashlib.md5(content[name], usedforsecurity=False).hexdigest() != md5:
             return None
-    with _explained(folder, archive):
-        return _arrays(content, archive)
+    with _name_in_errors(folder, archive):
+        return _read_batches(content, archive)
 
 
 @contextmanager
-def _explained(path: Path, archive: Archive) -> Iterator[None]:
-    """Make whatever a damaged or hostile file brings about an error that names the file."""
+def _name_in_errors(path: Path, archive: Archive) -> Iterator[None]:
+    """Turn whatever a damaged or hostile file brings about into an error that names the file."""
     try:
         yield
     except UserError as error:
         raise UserError(f"--data-archive {path}: {error}; use the official archive") from error
-    except Exception as error:  # tarfile and pickle do not say which they raise
+    except Exception as error:  # The documents of tarfile and pickle do not name all they raise.
         why = str(error) or type(error).__name__
         raise UserError(
             f"--data-archive {path}: not a readable {archive.file} ({why}); "
@@ -126,7 +151,7 @@ def _explained(path: Path, archive: Archive) -> Iterator[None]:
 # --- the tar file --------------------------------------------------------------------------------
 
 
-class _Headers:
+class _HeaderReader:
     """An unpacked tar file for tarfile, which reads only headers from it, and not too many.
 
     A few MB may unpack to many GB, and tarfile believes whatever length a header gives for the
@@ -136,10 +161,10 @@ class _Headers:
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
         self.tell = file.tell
-        self.left = _MOST_HEADERS
+        self.left = _MAX_HEADER_BYTES
 
     def seek(self, position: int) -> int:
-        if position > _MOST_BYTES:
+        if position > _MAX_BYTES:
             raise UserError("unpacks to more than any such archive")
         return self.file.seek(position)
 
@@ -150,14 +175,14 @@ class _Headers:
         return self.file.read(size)
 
 
-def _members(path: Path, archive: Archive) -> dict[str, bytes]:
-    """The content of the wanted files, by name."""
+def _read_members(path: Path, archive: Archive) -> dict[str, bytes]:
+    """Return the content of the wanted files by name."""
     wanted = {*archive.train, *archive.test, archive.meta[0]}
     found: dict[str, bytes] = {}
-    with _unpacked(path) as file:
-        headers: Any = _Headers(file)
+    with _open_unpacked(path) as file:
+        headers: Any = _HeaderReader(file)
         for member in tarfile.open(fileobj=headers, mode="r:"):  # noqa: SIM115 (nothing to close)
-            if not 0 <= member.size <= _MOST_BYTES - member.offset_data:
+            if not 0 <= member.size <= _MAX_BYTES - member.offset_data:
                 raise UserError(
                     f"{member.name} in it has {member.size:,} bytes, more than any such archive"
                 )
@@ -172,16 +197,16 @@ def _members(path: Path, archive: Archive) -> dict[str, bytes]:
             found[name] = file.read(member.size)
             if len(found[name]) < member.size:
                 raise UserError(f"{member.name} in it is cut short")
-        while file.read(1 << 20):  # to the end, where gzip and xz compare checksums
-            if file.tell() > _MOST_BYTES:
+        while file.read(1 << 20):  # Gzip and xz compare checksums at the end.
+            if file.tell() > _MAX_BYTES:
                 raise UserError("unpacks to more than any such archive")
     if missing := sorted(wanted - set(found)):
         raise UserError(f"lacks {archive.folder}/{missing[0]}")
     return found
 
 
-def _unpacked(path: Path) -> Any:
-    """The tar file in a compressed file, or the file itself."""
+def _open_unpacked(path: Path) -> Any:
+    """Open the tar file in a compressed file, or the file itself."""
     with path.open("rb") as file:
         start = file.read(6)
     for magic, opener in ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ", lzma.open)):
@@ -193,19 +218,19 @@ def _unpacked(path: Path) -> Any:
 # --- the batches ---------------------------------------------------------------------------------
 
 
-def _arrays(content: dict[str, bytes], archive: Archive) -> Arrays:
-    """Arrays of the files, which are taken out: all together they are large."""
-    names = _class_names(_unpickle(content[archive.meta[0]])[archive.names])
+def _read_batches(content: dict[str, bytes], archive: Archive) -> Arrays:
+    """Join the batch files, which are taken out of ``content`` one by one, for they are large."""
+    names = _decode_class_names(_unpickle(content[archive.meta[0]])[archive.names])
     train, test = (
-        [_batch(content.pop(name), archive, len(names)) for name in part]
+        [_read_batch(content.pop(name), archive, len(names)) for name in part]
         for part in (archive.train, archive.test)
     )
     images = [np.concatenate([batch[0] for batch in part]) for part in (train, test)]
     labels = [np.concatenate([batch[1] for batch in part]) for part in (train, test)]
-    return images[0], labels[0], images[1], labels[1], names
+    return Arrays(images[0], labels[0], images[1], labels[1], names)
 
 
-def _class_names(names: Any) -> tuple[str, ...]:
+def _decode_class_names(names: Any) -> tuple[str, ...]:
     if type(names) is not list or not all(type(name) is bytes for name in names):
         raise ValueError("the names of the classes are no list of names")
     decoded = tuple(name.decode() for name in names)
@@ -214,8 +239,8 @@ def _class_names(names: Any) -> tuple[str, ...]:
     return decoded
 
 
-def _batch(content: bytes, archive: Archive, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, 32, 32, 3) uint8 and (N,) int64."""
+def _read_batch(content: bytes, archive: Archive, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return the images of a batch file, (N, 32, 32, 3) uint8, and its labels, (N,) int64."""
     batch = _unpickle(content)
     pixels, numbers = batch[b"data"], batch[archive.labels]
     if type(pixels) is not _Pixels or type(numbers) is not list:
@@ -231,7 +256,7 @@ def _batch(content: bytes, archive: Archive, classes: int) -> tuple[np.ndarray, 
 def _unpickle(content: bytes) -> dict[bytes, Any]:
     unpickler: Any = _BatchUnpickler(content)
     loaded = unpickler.load()
-    unpickler.memo.clear()  # it holds all that was read, and the unpickler itself
+    unpickler.memo.clear()  # The memo holds all that was read, and the unpickler itself.
     if not isinstance(loaded, dict):
         raise ValueError("a batch is no dict")
     return {key.encode() if isinstance(key, str) else key: value for key, value in loaded.items()}
@@ -240,23 +265,23 @@ def _unpickle(content: bytes) -> dict[bytes, Any]:
 class _BatchUnpickler(pickle._Unpickler):
     """Builds uint8 arrays and plain containers, nothing else: a pickle can otherwise run any code.
 
-    Python's own unpickler in C is faster, but reserves as much memory as a damaged file names.
+    Python's unpickler in C is faster, but it reserves as much memory as a damaged file names.
     """
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="bytes")
-        # Sets and old dicts would hash whatever they are given; bytearrays reserve memory.
+        # Sets and old dicts would hash whatever they are given, and bytearrays reserve memory.
         refused = (pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.BYTEARRAY8)
         table = {c: load for c, load in self.dispatch.items() if bytes([c]) not in refused}
         self.dispatch = _Opcodes(table | {pickle.EMPTY_DICT[0]: _load_dict})  # type: ignore[misc]
 
     def find_class(self, module: str, name: str) -> Any:
-        """Stand-ins for what a batch asks for; numpy itself gets nothing to interpret."""
+        """Return a stand-in for what a batch asks for; numpy itself gets nothing to interpret."""
         if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
             if name == "_reconstruct":
                 return _Pixels
         elif (module, name) == ("numpy", "ndarray"):
-            return None  # only named, as the kind of array
+            return None  # A batch only names it, as the kind of an array.
         elif (module, name) == ("numpy", "dtype"):
             return _PixelType
         elif (module, name) == ("_codecs", "encode"):
@@ -264,7 +289,7 @@ class _BatchUnpickler(pickle._Unpickler):
         raise UserError(f"a batch in it asks for {module}.{name}, which no CIFAR batch needs")
 
     def _encode_latin1(self, text: str, encoding: str = "latin1") -> bytes:
-        """How Python 3 writes bytes into old pickles; only ever with latin1."""
+        """Read bytes as Python 3 writes them into old pickles, which is only ever with latin1."""
         if encoding != "latin1":
             raise UserError(f"a batch in it asks for the encoding {encoding!r}")
         return text.encode("latin1")
@@ -275,9 +300,9 @@ def _load_dict(unpickler: Any) -> None:
 
 
 class _Opcodes(dict):
-    """How the unpickler loads each opcode, for as many of them as a batch may need."""
+    """The table of how the unpickler loads each opcode, for as many of them as a batch may need."""
 
-    left = _MOST_OPCODES
+    left = _MAX_OPCODES
 
     def __getitem__(self, code: int) -> Any:
         self.left -= 1
@@ -287,7 +312,7 @@ class _Opcodes(dict):
 
 
 class _Dict(dict):
-    """Has strings for keys: to hash a deeply nested tuple overflows the stack of the process."""
+    """A dict of strings: to hash a deeply nested tuple overflows the stack of the process."""
 
     __slots__ = ()
 
@@ -298,7 +323,7 @@ class _Dict(dict):
 
 
 class _PixelType:
-    """Stands for numpy's dtype of bytes."""
+    """A stand-in for numpy's dtype of bytes."""
 
     __slots__ = ()
 
@@ -307,11 +332,11 @@ class _PixelType:
             raise ValueError("an array in a batch is none of bytes")
 
     def __setstate__(self, state: Any) -> None:
-        """Byte order and the like, which bytes do not have."""
+        """Ignore byte order and the like, which bytes do not have."""
 
 
 class _Pixels:
-    """Stands for an array of bytes: ``array``."""
+    """A stand-in for an array of bytes, which is then its ``array``."""
 
     __slots__ = ("array",)
 

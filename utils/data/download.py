@@ -1,4 +1,4 @@
-"""Fetching one file over HTTP so that it is either complete and right, or not there.
+"""A download of one file over HTTP after which it is either complete and right, or not there.
 
 The file grows under a temporary ``.part`` name, is continued after an interruption, checked
 against its md5 and only then renamed.
@@ -15,7 +15,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
@@ -23,21 +23,24 @@ from typing import Any
 
 from progress.bar import Bar
 
-from utils.log import say
+from utils import log
 from utils.errors import UserError, one_line
 
-TIMEOUT = 30.0  # seconds without news from the server
-SLOWEST = 1 << 12  # bytes per second, over that time
-ATTEMPTS = 3  # connections in a row that bring nothing new
-PAUSE = 0.5  # seconds before the second, twice as many before the third
-MOST_BYTES = 1 << 29  # an official archive has 170 MB
+# Seconds without news from the server.
+TIMEOUT = 30.0
+# Bytes per second over that time.
+MIN_RATE = 1 << 12
+# Connections in a row that bring nothing new.
+ATTEMPTS = 3
+# Seconds before the second attempt; the third waits twice as long.
+PAUSE = 0.5
+# An official archive has 170 MB.
+MAX_BYTES = 1 << 29
 _BLOCK = 1 << 18
-
-Notify = Callable[[str], Any]
 
 
 class _WrongFile(Exception):
-    """The server sent something else than the file: not worth another attempt."""
+    """The server sends something else than the file, so another attempt is not worth it."""
 
 
 class _NoDowngrade(urllib.request.HTTPRedirectHandler):
@@ -51,7 +54,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
 
 
 def md5_of(path: Path) -> str:
-    """The md5 digest of a file, in hex."""
+    """Return the md5 digest of a file in hex."""
     digest = hashlib.md5(usedforsecurity=False)
     with path.open("rb") as file:
         while block := file.read(1 << 22):
@@ -59,45 +62,44 @@ def md5_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def download(urls: Sequence[str], path: Path, md5: str, notify: Notify) -> None:
-    """Bring a file from the first address that has it.
+def download(urls: Sequence[str], path: Path, md5: str) -> None:
+    """Fetch a file from the first address that has it.
 
     One process at a time may do so; the caller holds a lock.
 
     Args:
-        urls: addresses of the same file, tried in order.
-        path: the file's final name; ``<path>.part`` holds what has arrived.
-        md5: hex digest that the file must have.
-        notify: gets a line about each address that fails.
+        urls: Addresses of the same file, tried in order.
+        path: The file's final name; ``<path>.part`` holds what has arrived.
+        md5: The hex digest that the file must have.
 
     Raises:
-        UserError: no address gave the file; says what each did, and the ways out. Or there is no
-            room for it.
+        UserError: No address gave the file; the message says what each did, and the ways out. Or
+            there is no room for it.
     """
     part = path.with_name(path.name + ".part")
     failures = []
     for url in urls:
-        notify(one_line(f"downloading {url}"))
+        log.info(one_line(f"downloading {url}"))
         try:
-            _fetch(url, part, md5, notify)
+            _fetch(url, part, md5)
             os.replace(part, path)
             return
         except (OSError, HTTPException, ValueError, _WrongFile) as error:
-            if _concerns_disk(error):
+            if _is_disk_error(error):
                 raise UserError(
                     f"{part}: cannot be written ({_reason(error)}); make room there and start "
                     "again, or name another folder with --data"
                 ) from error
             failures.append(f"{url}: {_reason(error)}")
-            notify(one_line(f"warning: {failures[-1]}"))
+            log.warning(one_line(failures[-1]))
     raise UserError(
         f"no download of {path.name} ({'; '.join(failures)}): name a mirror with --data-url URL, "
         "a file with --data-archive FILE, images with -d folder, or try -d synthetic10"
     )
 
 
-def _concerns_disk(error: Exception) -> bool:
-    """Whether another address would not help: the file, and not the connection, makes trouble."""
+def _is_disk_error(error: Exception) -> bool:
+    """Return whether the file, and not the connection, fails, so that no address would help."""
     if not isinstance(error, OSError) or isinstance(error, urllib.error.URLError):
         return False
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
@@ -112,15 +114,15 @@ def _reason(error: Exception) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
-def _fetch(url: str, part: Path, md5: str, notify: Notify) -> None:
+def _fetch(url: str, part: Path, md5: str) -> None:
     """Make ``part`` the whole file, with several connections if they break off."""
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise _WrongFile("not an http or https address")
-    fresh = not part.exists()  # nothing in it that an earlier run or another address has left
+    fresh = not part.exists()  # An earlier run or another address may have left something.
     farthest = fruitless = 0
     while not part.exists() or md5_of(part) != md5:
         try:
-            _fetch_once(url, part, notify)
+            _fetch_once(url, part)
             found, size = md5_of(part), part.stat().st_size
             if found == md5:
                 return
@@ -130,24 +132,24 @@ def _fetch(url: str, part: Path, md5: str, notify: Notify) -> None:
             raise OSError("continues another file than the one that was begun; starting over")
         except (OSError, HTTPException) as error:
             size = part.stat().st_size if part.exists() else 0
-            if not (fresh or size):  # what was left is of no use and gone
+            if not (fresh or size):  # What was left was of no use and is gone.
                 fresh, farthest, fruitless = True, 0, 0
             fruitless = 1 if size >= farthest + _BLOCK else fruitless + 1
             farthest = max(farthest, size)
-            if fruitless == ATTEMPTS or not _may_pass(error):
+            if fruitless == ATTEMPTS or not _is_transient(error):
                 raise
-            notify(one_line(f"warning: {url}: {_reason(error)}; trying again"))
+            log.warning(one_line(f"{url}: {_reason(error)}; trying again"))
             time.sleep(PAUSE * fruitless)
 
 
-def _may_pass(error: Exception) -> bool:
-    """Whether the same request may bring more a moment later."""
+def _is_transient(error: Exception) -> bool:
+    """Return whether the same request may bring more a moment later."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 416, 429)
-    return not _concerns_disk(error)
+    return not _is_disk_error(error)
 
 
-def _fetch_once(url: str, part: Path, notify: Notify) -> None:
+def _fetch_once(url: str, part: Path) -> None:
     """Append to ``part`` what one connection brings, or write it anew."""
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"User-Agent": "cifar-allreduce"})
@@ -157,41 +159,43 @@ def _fetch_once(url: str, part: Path, notify: Notify) -> None:
     try:
         status, content_range, length = next(answer)
     except urllib.error.HTTPError as error:
-        if error.code == 416:  # it has no more than what is here, which is not the file
+        if error.code == 416:  # The server has no more than what is here, which is not the file.
             part.unlink(missing_ok=True)
         raise
     if status == 206 and not content_range.startswith(f"bytes {have}-"):
         part.unlink(missing_ok=True)
         raise OSError("answers with another range than it was asked for")
     if status != 206:
-        have = 0  # a server that ignores the range sends everything again
+        have = 0  # A server that ignores the range sends everything again.
     total = None if length is None else have + length
-    if total is not None and total > MOST_BYTES:
+    if total is not None and total > MAX_BYTES:
         raise _WrongFile(f"announces {total:,} bytes, more than any CIFAR archive has")
     with part.open("ab" if have else "wb") as file:
-        have = _copy(answer, file, have, total, notify)
+        have = _copy(answer, file, have, total)
         file.flush()
         os.fsync(file.fileno())
-    if have > MOST_BYTES:
+    if have > MAX_BYTES:
         part.unlink()
-        raise _WrongFile(f"sends more than {MOST_BYTES:,} bytes")
+        raise _WrongFile(f"sends more than {MAX_BYTES:,} bytes")
     if total is not None and have < total:
         raise OSError(f"connection broke off after {have:,} of {total:,} bytes")
 
 
 def _ask(request: urllib.request.Request) -> Iterator[Any]:
-    """Status, Content-Range and length of the answer, then its content in blocks.
+    """Yield status, Content-Range and length of the answer, then its content in blocks.
 
     A thread of its own talks to the server. So TIMEOUT bounds the wait for each of these however
     the server stalls: the timeout of a socket starts again with every byte, also inside a header.
 
     Raises:
-        OSError, HTTPException, _WrongFile: what went wrong.
+        OSError: The server cannot be reached, is silent or breaks off.
+        HTTPException: The server does not speak HTTP.
+        _WrongFile: The server redirects to where it must not.
     """
     arrived: queue.Queue[Any] = queue.Queue(maxsize=4)
 
     def talk() -> None:
-        with suppress(queue.Full):  # nobody is listening any more
+        with suppress(queue.Full):  # Nobody listens any more.
             for item in _answer(request):
                 arrived.put(item, timeout=2 * TIMEOUT)
 
@@ -209,10 +213,10 @@ def _ask(request: urllib.request.Request) -> Iterator[Any]:
 
 
 def _answer(request: urllib.request.Request) -> Iterator[Any]:
-    """What ``_ask`` yields, and at the end an exception, or None."""
+    """Yield what ``_ask`` yields, and at the end an exception, or None."""
     try:
         opener = urllib.request.build_opener(_NoDowngrade)
-        # The listener gives up first; this ends the thread that it leaves behind.
+        # The listener gives up first; this timeout ends the thread that it leaves behind.
         with opener.open(request, timeout=2 * TIMEOUT) as response:
             yield response.status, response.headers.get("Content-Range", ""), response.length
             left = math.inf if response.length is None else response.length
@@ -224,22 +228,22 @@ def _answer(request: urllib.request.Request) -> Iterator[Any]:
     yield None
 
 
-def _copy(blocks: Iterable[bytes], file: Any, have: int, total: int | None, notify: Notify) -> int:
-    """Append blocks to the file, to MOST_BYTES at most; returns the bytes that are now there."""
-    on_terminal = notify is say and sys.stdout.isatty()
-    bar = Bar("download", max=total or MOST_BYTES, file=sys.stdout, suffix="%(percent)d %%")
+def _copy(blocks: Iterable[bytes], file: Any, have: int, total: int | None) -> int:
+    """Append blocks to the file, to MAX_BYTES at most; return how many bytes are now there."""
+    draws = log.draws_progress()
+    bar = Bar("download", max=total or MAX_BYTES, file=sys.stdout, suffix="%(percent)d %%")
     before, since = have, time.monotonic()
     for block in blocks:
         file.write(block)
         have += len(block)
-        if have > MOST_BYTES:
+        if have > MAX_BYTES:
             break
         if time.monotonic() - since > TIMEOUT:
-            if have - before < SLOWEST * TIMEOUT:
+            if have - before < MIN_RATE * TIMEOUT:
                 raise TimeoutError(f"only {have - before:,} bytes in {TIMEOUT:g} seconds")
             before, since = have, time.monotonic()
-        if on_terminal:
+        if draws:
             bar.goto(have)
-    if on_terminal:
+    if draws:
         bar.finish()
     return have

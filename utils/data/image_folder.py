@@ -11,7 +11,6 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,17 +20,15 @@ import numpy as np
 from PIL import Image
 from progress.bar import Bar
 
+from utils import log
 from utils.data.cifar_archive import Arrays
-from utils.log import say
 from utils.errors import UserError
 
 SIZE = 32
-# Few, because a file's name does not decide how it is read, and Pillow knows 40 formats, some by
-# programs that it starts.
+# The formats are few because a file's name does not decide how it is read, and Pillow knows 40
+# formats, some by programs that it starts.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 _LAYOUT = "a folder data set holds train/<class>/* and test/<class>/*"
-
-Notify = Callable[[str], Any]
 
 
 @dataclass(frozen=True)
@@ -39,9 +36,10 @@ class Listing:
     """The image files of a folder data set.
 
     Attributes:
-        classes: names, sorted; labels count in this order.
-        train, test: (file, label), sorted by class and name.
-        fingerprint: changes with any file's name, size or time.
+        classes: The names, sorted; labels count in this order.
+        train: The file and label of each training image, sorted by class and name.
+        test: The file and label of each test image, sorted by class and name.
+        fingerprint: A digest that changes with any file's name, size or time.
     """
 
     classes: tuple[str, ...]
@@ -51,22 +49,22 @@ class Listing:
 
 
 def list_images(root: Path) -> Listing:
-    """Find the images.
+    """Find the images of a folder data set.
 
     Raises:
-        UserError: a part, the classes or the images are missing, cannot be read, or test has
+        UserError: A part, the classes or the images are missing, cannot be read, or test has
             other classes.
     """
     try:
-        classes = _classes(root, "train")
-        for name in _classes(root, "test"):
+        classes = _list_classes(root, "train")
+        for name in _list_classes(root, "test"):
             if name not in classes:
                 raise UserError(
                     f"--data {root}: test/{name} is a class that train/ lacks; "
                     "both must have the same classes"
                 )
         digest = hashlib.sha256(b"\0".join(map(os.fsencode, classes)))
-        train, test = (_files(root, part, classes, digest) for part in ("train", "test"))
+        train, test = (_list_files(root, part, classes, digest) for part in ("train", "test"))
     except OSError as error:
         raise UserError(
             f"--data {root}: {error.filename} cannot be read ({error.strerror}); "
@@ -75,21 +73,21 @@ def list_images(root: Path) -> Listing:
     return Listing(classes, train, test, digest.hexdigest())
 
 
-def _entries(folder: Path) -> list[tuple[str, os.stat_result]]:
-    """Names in a folder that are not hidden, sorted, and what they lead to.
+def _list_entries(folder: Path) -> list[tuple[str, os.stat_result]]:
+    """Return the names in a folder that are not hidden, sorted, and what they lead to.
 
     Raises:
-        OSError: a link leads nowhere, or something cannot be read.
+        OSError: A link leads nowhere, or something cannot be read.
     """
     names = sorted(name for name in os.listdir(folder) if name[0] != ".")
     return [(name, os.stat(folder / name)) for name in names]
 
 
-def _classes(root: Path, part: str) -> tuple[str, ...]:
+def _list_classes(root: Path, part: str) -> tuple[str, ...]:
     folder = root / part
     if not folder.is_dir():
         raise UserError(f"--data {root}: no folder {part!r} in it; {_LAYOUT}")
-    names = [name for name, about in _entries(folder) if stat.S_ISDIR(about.st_mode)]
+    names = [name for name, status in _list_entries(folder) if stat.S_ISDIR(status.st_mode)]
     if not names:
         raise UserError(f"--data {root}: no class folders in {part}/; {_LAYOUT}")
     for name in names:
@@ -98,76 +96,78 @@ def _classes(root: Path, part: str) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _files(root: Path, part: str, classes: tuple[str, ...], digest: Any) -> list[tuple[Path, int]]:
+def _list_files(
+    root: Path, part: str, classes: tuple[str, ...], digest: Any
+) -> list[tuple[Path, int]]:
+    """Return the file and label of each image, and take them into the digest."""
     suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
     found = []
     for label, name in enumerate(classes):
         folder = root / part / name
         if not folder.is_dir():
-            continue  # a class without test images
-        images = [e for e in _entries(folder) if os.path.splitext(e[0])[1].lower() in suffixes]
+            continue  # A class may have no test images.
+        images = [e for e in _list_entries(folder) if os.path.splitext(e[0])[1].lower() in suffixes]
         if not images:
             kinds = ", ".join(FORMATS).lower()
             raise UserError(f"--data {root}: no images in {part}/{name} ({kinds}); {_LAYOUT}")
-        for file, about in images:
-            if not stat.S_ISREG(about.st_mode):
+        for file, status in images:
+            if not stat.S_ISREG(status.st_mode):
                 raise UserError(f"{folder / file}: not a file; remove it")
             digest.update(os.fsencode(f"{part}/{name}/{file}"))
-            digest.update(f"\0{about.st_size}\0{about.st_mtime_ns}\0".encode())
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
             found.append((folder / file, label))
     return found
 
 
-def read_images(listing: Listing, threads: int, notify: Notify) -> Arrays:
-    """Decode all images, in parallel; images of another size are resized, with a warning.
-
-    Returns:
-        (N, 32, 32, 3) uint8 and (N,) int64 for training, the same for test, and the classes.
+def read_images(listing: Listing, threads: int) -> Arrays:
+    """Decode all images in parallel; images of another size are resized, with a warning.
 
     Raises:
-        UserError: names a file that is no image.
+        UserError: A file, which the message names, is no image.
     """
     files = [path for path, _ in listing.train + listing.test]
     images = np.empty((len(files), SIZE, SIZE, 3), np.uint8)
-    notify(f"decoding {len(files):,} images, once")
-    show = notify is say and sys.stdout.isatty()
+    log.info(f"decoding {len(files):,} images, once")
+    draws = log.draws_progress()
     bar = Bar("decode", max=len(files), file=sys.stdout, check_tty=True)
     resized = 0
-    # Pillow's warnings: read_image decides by itself. Filters belong to the process, not a thread.
+    # Pillow's warnings are of no use, since read_image decides by itself. Filters of warnings
+    # belong to the process and not to a thread, so they are set here.
     with warnings.catch_warnings(), ThreadPoolExecutor(threads) as pool:
         warnings.simplefilter("ignore")
         try:
             for i, (pixels, changed) in enumerate(pool.map(read_image, files, chunksize=64)):
                 images[i] = pixels
                 resized += changed
-                if show and i % 500 == 499:
+                if draws and i % 500 == 499:
                     bar.goto(i + 1)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    if show:
+    if draws:
         bar.goto(len(files))
         bar.finish()
     if resized:
-        notify(f"warning: {resized:,} of {len(files):,} images were not {SIZE}x{SIZE}: resized")
+        log.warning(f"{resized:,} of {len(files):,} images were not {SIZE}x{SIZE}: resized")
     labels = np.array([label for _, label in listing.train + listing.test], np.int64)
     cut = len(listing.train)
-    return images[:cut], labels[:cut], images[cut:], labels[cut:], listing.classes
+    return Arrays(images[:cut], labels[:cut], images[cut:], labels[cut:], listing.classes)
 
 
 def read_image(path: Path) -> tuple[np.ndarray, bool]:
-    """(32, 32, 3) uint8, and whether the image had another size.
+    """Return an image, (32, 32, 3) uint8, and whether it had another size.
 
     Raises:
-        UserError: no image of FORMATS, damaged, or of more pixels than Pillow takes for sensible.
+        UserError: The file is no image of FORMATS, is damaged, or has more pixels than Pillow takes
+            for sensible.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
                 raise ValueError(f"{pixels:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
-            rgb = _eight_bits(image).convert("RGB")
-    except Exception as error:  # Pillow does not say which a damaged file brings about
+            rgb = _to_eight_bits(image).convert("RGB")
+    except Exception as error:  # Pillow's documents do not say which a damaged file brings about.
         why = getattr(error, "strerror", None) or str(error) or type(error).__name__
         why = why.replace(repr(str(path)), "it")
         raise UserError(f"{path}: not a readable image ({why}); replace or remove it") from error
@@ -177,8 +177,8 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
     return np.asarray(rgb), changed
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Pillow clips 16-bit grey when it converts to RGB; scale it instead."""
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey, which Pillow would clip when it converts to RGB."""
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image

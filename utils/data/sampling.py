@@ -1,4 +1,4 @@
-"""Which images a step trains on, in which order, with which crop and flip.
+"""The images that a step trains on, their order, their crops and their flips.
 
 Everything here is a pure function of (seed, epoch) and never of the number of workers: step k of
 an epoch trains on positions [k * batch, (k + 1) * batch) of one permutation, and the crop and flip
@@ -13,18 +13,21 @@ import hashlib
 
 import numpy as np
 
-# The last word of a stream's key: streams for different purposes never overlap.
+# Pixels that a random crop may reach beyond the image, as in all published recipes.
+PAD = 4
+
+# One of them ends a stream's key, so that streams for different purposes never overlap.
 _PERMUTATION, _AUGMENTATION, _SPLIT = 0, 1, 2
 
 
 def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
-    """The order of one epoch: a permutation of range(count), (count,) int64."""
+    """Return the order of one epoch: a permutation of range(count), (count,) int64."""
     stream = np.random.RandomState([seed, epoch, _PERMUTATION])
     return stream.permutation(count).astype(np.int64)
 
 
 def crops_and_flips(count: int, seed: int, epoch: int, pad: int) -> np.ndarray:
-    """The augmentation of one epoch, row i for image i.
+    """Draw the augmentation of one epoch, row i for image i.
 
     Returns:
         (count, 3) int64: vertical offset and horizontal offset of the crop, each uniform in
@@ -37,7 +40,7 @@ def crops_and_flips(count: int, seed: int, epoch: int, pad: int) -> np.ndarray:
 
 
 def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training images and of the held_out validation images, each sorted.
+    """Return the indices of the training images and of the validation images, each sorted.
 
     The split does not depend on the seed, so that runs with different seeds can be compared.
     """
@@ -45,31 +48,31 @@ def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def batches(count: int, batch: int, workers: int) -> list[tuple[int, int]]:
-    """The global batches of an epoch as (start, stop) positions in the permutation.
+def batch_slices(count: int, batch: int, workers: int) -> list[tuple[int, int]]:
+    """Return the global batches of an epoch as (start, stop) positions in the permutation.
 
     A last batch with fewer images than there are workers is dropped: every worker needs one.
     """
-    bounds = [(start, min(start + batch, count)) for start in range(0, count, batch)]
-    if bounds and bounds[-1][1] - bounds[-1][0] < workers:
-        bounds.pop()
-    return bounds
+    slices = [(start, min(start + batch, count)) for start in range(0, count, batch)]
+    if slices and slices[-1][1] - slices[-1][0] < workers:
+        slices.pop()
+    return slices
 
 
-def share(start: int, stop: int, rank: int, workers: int) -> tuple[int, int]:
-    """The part [first, last) of the positions [start, stop) that one worker computes.
+def shard(start: int, stop: int, rank: int, world_size: int) -> tuple[int, int]:
+    """Return the part [first, last) of the positions [start, stop) that one rank computes.
 
-    Shares are contiguous, cover the batch and differ by one image at most.
+    Shards are contiguous, cover the batch and differ by one image at most.
     """
     size = stop - start
-    return start + size * rank // workers, start + size * (rank + 1) // workers
+    return start + size * rank // world_size, start + size * (rank + 1) // world_size
 
 
 def step_seed(seed: int, epoch: int, step: int) -> int:
-    """Seed of the random draws inside the network (dropout) for one step, on all workers.
+    """Return the seed of the draws inside the network (dropout) in one step, on all workers.
 
-    Drawn anew for each step, so that a resumed run needs no saved generator state; hashed, so
-    that no two steps share a stream.
+    Each step has its own seed, so that a resumed run needs no saved generator state. The seed is
+    hashed, so that no two steps share a stream.
     """
     key = f"{seed}/{epoch}/{step}".encode()
     return int.from_bytes(hashlib.sha256(key).digest()[:8], "little") >> 1

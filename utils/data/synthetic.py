@@ -18,23 +18,29 @@ SHAPES = (
 )  # fmt: skip
 
 SIZE = 32
-_CHUNK = 500  # images drawn at a time: bounds the memory, and is part of the seed
+# So many images are drawn at a time, which bounds the memory; the number is part of the seed.
+_CHUNK = 500
 _TRAIN, _TEST = 0, 1
+# Each texture repeats after so many pixels.
+_PERIODS = {
+    "lines": 4, "wide-lines": 9, "columns": 4, "wide-columns": 9, "checks": 6, "wide-checks": 13,
+    "lattice": 8, "ripples": 6,
+}  # fmt: skip
 
-# Mean and deviation per channel of all 50,000 training images, pixels scaled to 0..1; both data
-# sets have the same images.
+# Mean and standard deviation per channel of all 50,000 training images, with pixels scaled to
+# 0..1. Both data sets have the same images.
 STATISTICS = ((0.4989, 0.4991, 0.4979), (0.2049, 0.2043, 0.2045))
 
 
 def class_names(classes: int) -> tuple[str, ...]:
-    """The names of the 10 or 100 classes, in the order of their labels."""
+    """Return the names of the 10 or 100 classes in the order of their labels."""
     if classes == 10:
         return TEXTURES
     return tuple(f"{shape}-{texture}" for shape in SHAPES for texture in TEXTURES)
 
 
 def generate(classes: int, train: bool, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first count images of a set, the same whatever count is.
+    """Draw the first ``count`` images of a set, the same ones whatever ``count`` is.
 
     Returns:
         (count, 32, 32, 3) uint8 images and (count,) int64 labels.
@@ -53,15 +59,15 @@ def generate(classes: int, train: bool, count: int) -> tuple[np.ndarray, np.ndar
 
 
 def _draw(stream: np.random.RandomState, shapes: np.ndarray, textures: np.ndarray) -> np.ndarray:
-    """(B, 32, 32, 3) uint8 images with the given shapes and textures, each (B,)."""
+    """Return (B, 32, 32, 3) uint8 images with the given shapes and textures, each (B,)."""
     count = len(shapes)
 
     def column(low: float, high: float) -> np.ndarray:
         return stream.uniform(low, high, (count, 1, 1)).astype(np.float32)
 
     y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)[:, None]
-    middle_x, middle_y, radius = column(12, 20), column(12, 20), column(10, 14)
-    right, down = x - middle_x, y - middle_y  # pixels from the middle, (B, 32, 32)
+    center_x, center_y, radius = column(12, 20), column(12, 20), column(10, 14)
+    right, down = x - center_x, y - center_y  # pixels from the center, (B, 32, 32)
     inside = np.empty((count, SIZE, SIZE), bool)
     for number, name in enumerate(SHAPES):
         chosen = shapes == number
@@ -73,7 +79,7 @@ def _draw(stream: np.random.RandomState, shapes: np.ndarray, textures: np.ndarra
         chosen = textures == number
         waves = (right[chosen] * stretch[chosen], down[chosen] * stretch[chosen])
         pattern[chosen] = _texture(name, *waves, phase_x[chosen], phase_y[chosen], stream)
-    # Channel by channel, for whole rows at a time are fast.
+    # The planes come channel by channel because whole rows at a time are fast.
     ground, paint, contrast = (
         stream.uniform(low, high, (count, 3, 1, 1)).astype(np.float32)
         for low, high in ((30, 225), (80, 175), (15, 40))
@@ -81,14 +87,14 @@ def _draw(stream: np.random.RandomState, shapes: np.ndarray, textures: np.ndarra
     filled = paint + contrast * pattern[:, None]
     planes = np.where(inside[:, None], filled, ground).astype(np.uint8)  # (B, 3, 32, 32)
     picture = np.moveaxis(planes, 1, 3).astype(np.int16, order="C")
-    # Noise over -20 .. 20; from bytes, because whole numbers take long to draw.
+    # The noise, over -20 .. 20, is made from bytes because whole numbers take long to draw.
     noise = np.frombuffer(stream.bytes(picture.size), np.uint8).reshape(picture.shape)
     picture += (noise.astype(np.uint16) * 41 >> 8).astype(np.int16) - 20
     return np.clip(picture, 0, 255, out=picture).astype(np.uint8)
 
 
 def _shape(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Which points lie inside; (u, v) point right and down, the shape reaches to about 1."""
+    """Return which points lie inside; (u, v) point right and down, a shape reaches to about 1."""
     across, along = np.abs(u), np.abs(v)
     far, near = np.maximum(across, along), np.minimum(across, along)
     if name == "disc":
@@ -120,27 +126,21 @@ def _texture(
     phase_y: np.ndarray,
     stream: np.random.RandomState,
 ) -> np.ndarray:
-    """-1 and 1 (0 where there is no pattern) at points x right and y down, in pixels."""
-
-    def wave(position: np.ndarray, period: float, phase: np.ndarray) -> np.ndarray:
-        return np.sign(np.sin(position * (2 * np.pi / period) + phase))
-
+    """Return -1 or 1 (0 without a pattern) at points x right and y down, in pixels."""
     if name == "plain":
         return np.zeros_like(x + y)
-    if name == "lines":
-        return wave(y, 4, phase_y) + 0 * x
-    if name == "wide-lines":
-        return wave(y, 9, phase_y) + 0 * x
-    if name == "columns":
-        return wave(x, 4, phase_x) + 0 * y
-    if name == "wide-columns":
-        return wave(x, 9, phase_x) + 0 * y
-    if name == "checks":
-        return wave(x, 6, phase_x) * wave(y, 6, phase_y)
-    if name == "wide-checks":
-        return wave(x, 13, phase_x) * wave(y, 13, phase_y)
+    if name == "speckle":
+        return np.sign(stream.uniform(-1, 1, (x + y).shape)).astype(np.float32)
+
+    def wave(position: np.ndarray, phase: np.ndarray) -> np.ndarray:
+        return np.sign(np.sin(position * (2 * np.pi / _PERIODS[name]) + phase))
+
+    if name.endswith("lines"):
+        return wave(y, phase_y) + 0 * x
+    if name.endswith("columns"):
+        return wave(x, phase_x) + 0 * y
+    if name.endswith("checks"):
+        return wave(x, phase_x) * wave(y, phase_y)
     if name == "lattice":
-        return wave(x + y, 8, phase_x) * wave(x - y, 8, phase_y)
-    if name == "ripples":
-        return wave(np.sqrt(x * x + y * y), 6, phase_x)
-    return np.sign(stream.uniform(-1, 1, (x + y).shape)).astype(np.float32)  # speckle
+        return wave(x + y, phase_x) * wave(x - y, phase_y)
+    return wave(np.sqrt(x * x + y * y), phase_x)  # ripples

@@ -1,36 +1,31 @@
-"""Whether all workers run the same thing: code, options, data."""
+"""All workers run the same code, options and data, and still hold the same parameters."""
 
-import argparse
 import hashlib
-import zlib
 from collections.abc import Callable, Mapping
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
-from utils.config.args import of_the_run
-from utils.data.datasets import Dataset
 from utils.distributed.comm import Comm
-from utils.errors import UserError
-from utils.files import ROOT
+from utils.errors import TrainingError, UserError
 
 
-def check_agreement(comm: Comm, describe: Callable[[], Mapping[str, object]]) -> None:
-    """Compare named values with rank 0's; every rank must call it. One sum over the workers.
+def check_consistency(comm: Comm, describe: Callable[[], Mapping[str, object]]) -> None:
+    """Compare named values with rank 0's; every rank must call this. One all-reduce.
 
     Args:
-        comm: the engine; one worker alone describes nothing.
-        describe: gives the values, under the same names on every rank.
+        comm: The engine; a single worker describes nothing.
+        describe: Returns the values, under the same names on every rank.
 
     Raises:
-        UserError: on all ranks; names a rank and what it has otherwise.
+        UserError: On all ranks, when they differ; it names a rank and the value.
     """
-    if comm.size == 1:
+    if comm.world_size == 1:
         return
     parts = describe()
     digests = [hashlib.sha256(repr(value).encode()).digest() for value in parts.values()]
     own = torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
-    rows = comm.rows(own.to(comm.device)).cpu()
+    rows = comm.all_gather(own.to(comm.device)).cpu()
     for rank, row in enumerate(rows):
         differing = (row != rows[0]).nonzero().flatten().tolist()
         if differing:
@@ -41,24 +36,31 @@ def check_agreement(comm: Comm, describe: Callable[[], Mapping[str, object]]) ->
             )
 
 
-def code() -> dict[str, object]:
-    """Digests of the sources, and the version that computes."""
-    sources = [
-        path for folder in (ROOT, ROOT / "models", ROOT / "utils") for path in folder.glob("*.py")
-    ]
-    text = b"".join(path.read_bytes() for path in sorted(sources))
-    return {"version of the code": hashlib.sha256(text).hexdigest(), "torch": torch.__version__}
+def check_replicas(comm: Comm, model: nn.Module) -> None:
+    """Compare a checksum of every parameter with rank 0's; every rank must call this.
+
+    Data-parallel training is right only as long as the replicas are equal bit for bit. Hardware
+    faults, an uninitialised tensor or a missed broadcast make them differ without any error.
+
+    Raises:
+        TrainingError: On all ranks, when they differ; it names a rank and a tensor.
+    """
+    if comm.world_size == 1:
+        return
+    names = [name for name, _ in model.named_parameters()]
+    own = torch.stack([_checksum(parameter) for parameter in model.parameters()])
+    differs = (comm.broadcast_(own.clone()) != own).nonzero().flatten().tolist()
+    # One number carries both the rank and its first tensor that differs.
+    found = comm.all_reduce_max(comm.rank * len(names) + differs[0] + 1 if differs else 0)
+    if found:
+        rank, tensor = divmod(found - 1, len(names))
+        raise TrainingError(
+            f"rank {rank} holds other values of {names[tensor]} than rank 0: the replicas have "
+            "come apart; --resume auto goes back to the last checkpoint"
+        )
 
 
-def flags(options: argparse.Namespace) -> dict[str, object]:
-    """Every option by its flag."""
-    return {
-        f"--{name.replace('_', '-')}": value for name, value in of_the_run(vars(options)).items()
-    }
-
-
-def contents(data: Dataset) -> dict[str, object]:
-    """A digest of the images and labels."""
-    arrays = (data.train_images, data.train_labels, data.test_images, data.test_labels)
-    sums = [(array.shape, zlib.crc32(np.ascontiguousarray(array).data)) for array in arrays]
-    return {"set of images": (sums, data.classes, data.mean, data.std)}
+def _checksum(parameter: Tensor) -> Tensor:
+    """Return a sum over the bits of the values: int64, exact, whatever the order of adding."""
+    words = {8: torch.int64, 4: torch.int32, 2: torch.int16}[parameter.element_size()]
+    return parameter.detach().contiguous().view(words).sum(dtype=torch.int64)

@@ -1,7 +1,7 @@
 """Batch normalisation over the global batch, for every engine and every device.
 
-PyTorch's own SyncBatchNorm runs on GPUs only and Horovod has another one; this one asks the Comm
-for sums and so behaves the same everywhere. Forward and backward cost one all-reduce each.
+PyTorch's own SyncBatchNorm runs on GPUs only and Horovod has another one. This one sums through the
+Comm and so behaves the same everywhere. Forward and backward cost one all-reduce each.
 """
 
 from typing import Any
@@ -39,7 +39,7 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Normalise(torch.autograd.Function):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias with mean and var over all workers.
+    """Computes (x - mean) / sqrt(var + eps) * weight + bias with statistics over all workers.
 
     The sums travel in float64, where the difference of the mean square and the squared mean
     loses nothing that float32 would show.
@@ -53,7 +53,7 @@ class _Normalise(torch.autograd.Function):
         var, mean = (t.double() for t in torch.var_mean(wide, (0, 2, 3), correction=0))
         images = torch.full_like(mean[:1], x.numel() / x.shape[1])
         sums = torch.cat([images, images * mean, images * (var + mean * mean)])
-        count, mean, var = comm.sum_(sums).split([1, len(mean), len(mean)])  # all-reduce
+        count, mean, var = comm.all_reduce_sum_(sums).split([1, len(mean), len(mean)])
         mean = mean / count
         var = (var / count - mean * mean).clamp(min=0)
         inverse_std = torch.rsqrt(var + eps)
@@ -75,7 +75,7 @@ class _Normalise(torch.autograd.Function):
         grad_bias = grad_wide.sum((0, 2, 3))
         grad_weight = (grad_wide * standard).sum((0, 2, 3))
         sums = torch.cat([grad_bias.double(), grad_weight.double()])
-        sums = ctx.comm.sum_(sums) / count  # all-reduce
+        sums = ctx.comm.all_reduce_sum_(sums) / count
         mean_grad, mean_grad_standard = (_per_channel(s.to(weight.dtype)) for s in sums.chunk(2))
         scale = _per_channel((inverse_std * weight.double()).to(weight.dtype))
         grad_x = (grad_wide - mean_grad - standard * mean_grad_standard) * scale
@@ -89,11 +89,14 @@ def _per_channel(vector: Tensor) -> Tensor:
 def convert_sync_batchnorm(model: nn.Module, comm: Comm) -> nn.Module:
     """Turn every BatchNorm2d of the model into a SyncBatchNorm2d over this Comm, in place.
 
-    Parameters and buffers stay the same objects under the same names. Returns the model.
+    Parameters and buffers stay the same objects under the same names.
+
+    Returns:
+        The model.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
-            # The subclass adds no state: changing the class keeps parameters, buffers and hooks.
+            # The subclass adds no state, so changing the class keeps parameters, buffers, hooks.
             module.__class__ = SyncBatchNorm2d
             module.comm = comm  # type: ignore[assignment]
     return model

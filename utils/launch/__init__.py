@@ -1,1 +1,1 @@
-"""Around the workers: the supervisor and what it needs. The standard library only."""
+"""The launcher, and the supervisor that stays beside it; only the standard library is needed."""

@@ -1,10 +1,11 @@
-"""Watch: each rank says what it begins, so that a rank that goes on no longer is found and named.
+"""Heartbeat: each rank reports every activity that it starts, so that a stalled rank is found.
 
-The two ends of one connection: a Watch in every worker, and the Listener of utils/launch/supervisor.py,
-whose name the workers find in the environment. It is a Unix socket with an abstract name (Linux):
-no file, no port, nothing that could be left over, and the kernel says who connects. Each rank has
-a queue of its own, of some hundred messages, so that none is lost while the supervisor sleeps; it
-is not woken by them. Workers that find no supervisor end themselves when they stand still.
+A Heartbeat in every worker sends messages to the HeartbeatServer of utils/launch/supervisor.py. The
+workers find the server's name in the environment. The connection is a Unix socket with an abstract
+name (Linux): there is no file and no port that could be left over, and the kernel tells the id of
+the connected process. Each rank has a queue of its own for some hundred messages, so none is lost
+while the supervisor sleeps, and messages do not wake the supervisor up. A worker that finds no
+server ends itself when it stalls.
 """
 
 import contextlib
@@ -18,80 +19,93 @@ import sys
 import time
 from dataclasses import dataclass
 
-from utils.launch.processes import has_ended, state
+from utils.launch.processes import has_ended, is_stopped
 
-VARIABLE = "CIFAR_WATCH"
+# The environment variable that holds the name of the server.
+SERVER_VARIABLE = "CIFAR_WATCH"
 
 _STDERR = 2
-# Seconds that a rank without a supervisor waits longer than the timeout, whose errors come first.
-_LATER = 30
-_FOREVER = 999_999_999.0
-_UNKNOWN = -1  # the rank of who has not said hello
-# Bytes of a message; seconds for which one look counts at most, as this process may have slept.
-_LONGEST, _LOOK = 256, 1.0
-_AT_ONCE = 1_000  # connections that a look takes in at most
+# Seconds that a rank without a server waits longer than the timeout. The collectives have the same
+# timeout, and their errors say more.
+_EXTRA_WAIT = 30
+_NO_TIMEOUT = 999_999_999.0
+_UNREGISTERED = -1  # The rank of a connection that has not registered.
+_MAX_MESSAGE_BYTES = 256
+# The most seconds that one poll adds to the silence: the supervisor may have been suspended.
+_MAX_POLL_SECONDS = 1.0
+# Limits of one poll: a client that connects or sends without end must not keep the supervisor busy.
+_MAX_CONNECTIONS, _MAX_MESSAGES = 1_000, 10_000
 
-# Printable characters alone: the text goes to a terminal.
-_HELLO = re.compile(rb"hello (\d{1,9}) (\d{1,9}(?:\.\d{1,9})?)")
+# Only printable characters are accepted, because the text goes to a terminal.
+_REGISTER = re.compile(rb"hello (\d{1,9}) (\d{1,9}(?:\.\d{1,9})?)")
 _BEAT = re.compile(rb"(\d{1,18}) ([ -~]*)")
-_LEAVE = re.compile(rb"leave (\d{1,3})")
+_EXIT = re.compile(rb"leave (\d{1,3})")
 
 
-class Watch:
-    """A rank's end. The rank is idle at first; one thread may call the methods.
+class Heartbeat:
+    """The client in a worker. It starts idle, and only one thread may call its methods.
 
     Attributes:
-        begun: whether ``begin`` has been called.
+        registered: Whether ``register`` has been called.
     """
 
     def __init__(self) -> None:
-        self.begun = False
+        """Create a heartbeat that is not connected yet."""
+        self.registered = False
         self._connection: socket.socket | None = None
-        self._timeout = _FOREVER
+        self._timeout = _NO_TIMEOUT
         self._count = 0
-        self._next_arming = 0.0
+        self._next_restart = 0.0
 
-    def begin(self, rank: int, timeout: float) -> None:
-        """Make this rank known.
+    def register(self, rank: int, timeout: float) -> None:
+        """Connect to the supervisor and report the rank of this worker.
 
-        Signal handlers must be in place before: a rank that is known gets signals directly.
+        Signal handlers must be installed before, because the supervisor sends signals directly to
+        registered workers.
 
         Args:
-            rank: of this worker.
-            timeout: seconds without anything new, on any rank, that are taken for a stall; above
-                0, math.inf for never.
+            rank: The rank of this worker.
+            timeout: The seconds without a beat of any rank that count as a stall. It is above 0, or
+                math.inf for never.
         """
-        faulthandler.enable(_STDERR)  # SIGABRT prints the stack
-        self.begun = True
-        self._timeout = min(timeout, _FOREVER)
+        faulthandler.enable(_STDERR)  # SIGABRT then prints the stack.
+        self.registered = True
+        self._timeout = min(timeout, _NO_TIMEOUT)
         self._connection = _connect()
         self._send(b"hello %d %f" % (rank, self._timeout))
 
     def beat(self, what: str) -> None:
-        """Say that this rank begins something new, such as "training step 12 of epoch 3"."""
+        """Report that this rank starts something new.
+
+        Args:
+            what: The activity, such as "training step 12 of epoch 3".
+        """
         self._count += 1
         if self._connection is None:
-            self._arm()
+            self._restart_local_timeout()
             return
-        with contextlib.suppress(OSError):  # a full queue: a later beat says more
+        with contextlib.suppress(OSError):  # When the queue is full, a later beat replaces it.
             self._connection.send(b"%d %s" % (self._count, what.encode("ascii", "replace")[:200]))
 
     def idle(self) -> None:
-        """Say that what follows may take as long as it likes, until the next beat."""
+        """Report that this rank may take any time until its next beat."""
         faulthandler.cancel_dump_traceback_later()
-        self._next_arming = 0.0
+        self._next_restart = 0.0
         self._send(b"%d " % self._count)
 
-    def leave(self, code: int) -> None:
-        """Say that this rank ends of its own will with an exit code; call it last.
+    def report_exit(self, code: int) -> None:
+        """Report the exit code with which this rank is about to end; this is the last call.
 
-        Who ends without a word has crashed, and the others cannot go on.
+        A rank that ends without this report has crashed, and the other ranks cannot continue.
+
+        Args:
+            code: The exit code.
         """
         faulthandler.cancel_dump_traceback_later()
         self._send(b"leave %d" % code)
 
     def _send(self, message: bytes) -> None:
-        """Send what must not get lost."""
+        """Send a message that must not be lost, and wait for room in the queue."""
         if self._connection is None:
             return
         with contextlib.suppress(OSError):
@@ -99,22 +113,23 @@ class Watch:
             self._connection.send(message)
             self._connection.setblocking(False)
 
-    def _arm(self) -> None:
-        """Where nobody watches: print the stack and end when this is not called again in time."""
+    def _restart_local_timeout(self) -> None:
+        """Without a server, print the stack and end when the next call does not come in time."""
         now = time.monotonic()
-        if now >= self._next_arming:  # it starts a thread
-            faulthandler.dump_traceback_later(self._timeout + _LATER, exit=True, file=_STDERR)
-            self._next_arming = now + 1
+        if now >= self._next_restart:  # Each restart starts a thread, so there is one per second.
+            faulthandler.dump_traceback_later(self._timeout + _EXTRA_WAIT, exit=True, file=_STDERR)
+            self._next_restart = now + 1
 
 
 def _connect() -> socket.socket | None:
-    name = os.environ.get(VARIABLE)
+    """Return a connection to the server that the environment names, or None."""
+    name = os.environ.get(SERVER_VARIABLE)
     if not name or sys.platform != "linux":
         return None
     connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
         connection.connect(f"\0{name}")
-    except OSError:  # a worker on another machine
+    except OSError:  # The supervisor runs on another machine.
         connection.close()
         return None
     return connection
@@ -122,107 +137,114 @@ def _connect() -> socket.socket | None:
 
 @dataclass
 class Worker:
-    """What is known of a rank.
+    """What the server knows of a rank.
 
     Attributes:
-        rank, process, timeout: as its hello and the kernel say.
-        count: how often it has begun something.
-        what: that; empty while it is idle.
-        code: the exit code that it has announced.
-        ended: when it was seen to have ended, in the seconds of time.monotonic(); 0 before.
+        rank: The rank that it has registered.
+        pid: The process id, which the kernel provides.
+        timeout: The timeout in seconds that it has registered.
+        beats: The number of its beats.
+        activity: What it has started last; empty while it is idle.
+        exit_code: The exit code that it has reported.
+        ended_at: The time.monotonic() at which it was seen to have ended; 0 while it lives.
     """
 
     rank: int
-    process: int
+    pid: int
     timeout: float
-    count: int = 0
-    what: str = ""
-    code: int | None = None
-    ended: float = 0.0
+    beats: int = 0
+    activity: str = ""
+    exit_code: int | None = None
+    ended_at: float = 0.0
 
 
-class Listener:
-    """The supervisor's end. Close it after use.
+class HeartbeatServer:
+    """The server in the supervisor. Close it after use.
 
     Attributes:
-        name: for the environment of the workers; empty where there are no such sockets.
-        workers: that have said hello, the ended ones too.
-        quiet: seconds in which nothing new has been said.
+        name: The name for the environment of the workers; empty where there are no such sockets.
+        workers: All workers that have registered, those that have ended included.
+        silence: The seconds since any worker has reported anything.
     """
 
     def __init__(self) -> None:
+        """Open a socket under a new random name."""
         self.name = ""
         self.workers: list[Worker] = []
-        self.quiet = 0.0
-        self._last = time.monotonic()
+        self.silence = 0.0
+        self._last_poll = time.monotonic()
         self._connections: dict[socket.socket, Worker] = {}
-        self._door: socket.socket | None = None
+        self._listener: socket.socket | None = None
         if sys.platform == "linux":
             self.name = secrets.token_hex(16)
-            self._door = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            self._door.bind(f"\0{self.name}")
-            self._door.listen(1024)
-            self._door.setblocking(False)
+            self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            self._listener.bind(f"\0{self.name}")
+            self._listener.listen(1024)
+            self._listener.setblocking(False)
 
     def living(self) -> list[Worker]:
-        """The workers that have not been seen to end."""
-        return [worker for worker in self.workers if not worker.ended]
+        """Return the workers that have not been seen to end."""
+        return [worker for worker in self.workers if not worker.ended_at]
 
-    def look(self) -> None:
-        """Take in what the workers have said, and see which of them have ended."""
+    def poll(self) -> None:
+        """Read the messages of the workers, and find out which workers have ended."""
         now = time.monotonic()
-        self.quiet += min(now - self._last, _LOOK)
-        self._last = now
-        ended = [worker for worker in self.living() if has_ended(worker.process)]
+        self.silence += min(now - self._last_poll, _MAX_POLL_SECONDS)
+        self._last_poll = now
+        # Ended workers are found before their messages are read, so that no last one is missed.
+        ended = [worker for worker in self.living() if has_ended(worker.pid)]
         self._accept()
         for connection, worker in list(self._connections.items()):
-            self._hear(connection, worker)
+            self._receive(connection, worker)
         for worker in ended:
-            worker.ended = now
+            worker.ended_at = now
 
     def stalled(self) -> list[Worker]:
-        """The workers that hold up the others; none while anything goes on or a rank is idle.
+        """Return the workers that hold up the others.
 
-        They are those that a signal has stopped, else those that have begun the least.
+        Returns:
+            The workers that a signal has stopped, else those with the fewest beats; none before the
+            timeout or while a rank is idle.
         """
         living = self.living()
-        if not living or not all(worker.what for worker in living):
+        if not living or not all(worker.activity for worker in living):
             return []
-        if self.quiet < max(worker.timeout for worker in living):
+        if self.silence < max(worker.timeout for worker in living):
             return []
-        least = min(worker.count for worker in living)
-        stopped = [worker for worker in living if is_stopped(worker)]
-        return stopped or [worker for worker in living if worker.count == least]
+        fewest = min(worker.beats for worker in living)
+        stopped = [worker for worker in living if is_stopped(worker.pid)]
+        return stopped or [worker for worker in living if worker.beats == fewest]
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all sockets."""
         for connection in self._connections:
             connection.close()
-        if self._door is not None:
-            self._door.close()
+        if self._listener is not None:
+            self._listener.close()
 
     def _accept(self) -> None:
-        for _ in range(_AT_ONCE):  # whoever connects without end may not keep the supervisor here
-            if self._door is None or sys.platform != "linux":
-                return
+        """Accept the connections of processes of the same user."""
+        if self._listener is None or sys.platform != "linux":
+            return
+        for _ in range(_MAX_CONNECTIONS):
             try:
-                connection, _ = self._door.accept()
+                connection, _ = self._listener.accept()
             except OSError:
                 return
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-            process, user, _ = struct.unpack("iII", credentials)
+            pid, user, _ = struct.unpack("iII", credentials)
             if user == os.geteuid():
                 connection.setblocking(False)
-                self._connections[connection] = Worker(_UNKNOWN, process, 0.0)
-            else:  # the names are public and anybody may connect
+                self._connections[connection] = Worker(_UNREGISTERED, pid, 0.0)
+            else:  # The names of abstract sockets are public, so any user may connect.
                 connection.close()
 
-    def _hear(self, connection: socket.socket, worker: Worker) -> None:
-        """Read what has come through a connection; of several beats the last one counts."""
+    def _receive(self, connection: socket.socket, worker: Worker) -> None:
+        """Read the messages of one connection; of several beats only the last one counts."""
         beat = b""
-        for _ in range(10_000):
+        for _ in range(_MAX_MESSAGES):
             try:
-                message = connection.recv(_LONGEST)
+                message = connection.recv(_MAX_MESSAGE_BYTES)
             except BlockingIOError:
                 break
             except OSError:
@@ -233,17 +255,12 @@ class Listener:
                 break
             if message[:1].isdigit():
                 beat = message
-            elif (found := _HELLO.fullmatch(message)) and worker.rank == _UNKNOWN:
+            elif (found := _REGISTER.fullmatch(message)) and worker.rank == _UNREGISTERED:
                 worker.rank, worker.timeout = int(found[1]), float(found[2])
                 self.workers.append(worker)
-                self.quiet = 0.0
-            elif found := _LEAVE.fullmatch(message):
-                worker.code = int(found[1])
+                self.silence = 0.0
+            elif found := _EXIT.fullmatch(message):
+                worker.exit_code = int(found[1])
         if found := _BEAT.fullmatch(beat):
-            worker.count, worker.what = int(found[1]), found[2].decode()
-            self.quiet = 0.0
-
-
-def is_stopped(worker: Worker) -> bool:
-    """Whether a signal, or a debugger, has stopped a worker."""
-    return state(worker.process) in ("T", "t")
+            worker.beats, worker.activity = int(found[1]), found[2].decode()
+            self.silence = 0.0

@@ -8,16 +8,22 @@ import sys
 import time
 from pathlib import Path
 
-# Seconds that processes get to end after SIGTERM, and after SIGKILL.
-GRACE, LAST = 2.0, 20.0
+# Seconds that processes get to end after SIGTERM, and then after SIGKILL.
+TERM_TIMEOUT, KILL_TIMEOUT = 2.0, 20.0
 
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
+# States of processes that run no longer: gone, a zombie, dead.
+_ENDED = ("", "Z", "X")
 
 
 def end_with_parent(number: int = signal.SIGKILL) -> None:
-    """Let the kernel signal this process when its parent ends (Linux); call it in the child.
+    """Let the kernel signal this process when its parent ends (Linux).
 
-    The parent's thread that started this process must be its main thread.
+    The child calls it. The thread that started the child must be the main thread of its process,
+    because the kernel sends the signal when that thread ends.
+
+    Args:
+        number: The signal to receive.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
@@ -29,24 +35,24 @@ def inherit_orphans() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
-def state(process: int) -> str:
-    """The letter of proc(5): R, S, T (stopped), Z (ended), ...; empty where there is none."""
-    return _stat(process)[0]
+def has_ended(pid: int) -> bool:
+    """Return whether a process is gone, or a zombie that its parent has not collected yet."""
+    return _state_and_parent(pid)[0] in _ENDED
 
 
-def has_ended(process: int) -> bool:
-    """Whether a process is gone, or only waits for its parent to take notice."""
-    return state(process) in ("", "Z", "X")
+def is_stopped(pid: int) -> bool:
+    """Return whether a signal or a debugger has stopped a process."""
+    return _state_and_parent(pid)[0] in ("T", "t")
 
 
 def descendants() -> list[int]:
-    """The living processes below this one."""
+    """Return the ids of the living processes below this one."""
     children: dict[int, list[int]] = {}
     for folder in Path("/proc").glob("[0-9]*"):
-        process = int(folder.name)
-        letter, parent = _stat(process)
-        if letter not in ("", "Z", "X"):
-            children.setdefault(parent, []).append(process)
+        pid = int(folder.name)
+        state, parent = _state_and_parent(pid)
+        if state not in _ENDED:
+            children.setdefault(parent, []).append(pid)
     found, new = [], [os.getpid()]
     while new:
         new = [child for parent in new for child in children.get(parent, [])]
@@ -54,52 +60,52 @@ def descendants() -> list[int]:
     return found
 
 
-def send(processes: list[int], number: int) -> None:
-    """Send a signal to each of the processes that are still there."""
-    for process in processes:
+def send_signal(pids: list[int], number: int) -> None:
+    """Send a signal to each of the processes that still exist."""
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            os.kill(process, number)
+            os.kill(pid, number)
 
 
 def end_descendants() -> list[int]:
-    """End every process below this one: SIGTERM first, SIGKILL after the grace.
+    """End every process below this one, with SIGTERM first and with SIGKILL after a timeout.
 
     Returns:
-        Those that cannot be ended, such as one inside a driver that hangs.
+        The ids of processes that cannot be ended, such as one inside a driver that hangs.
     """
-    begin = time.monotonic()
-    while left := descendants():
-        waited = time.monotonic() - begin
-        if waited > GRACE + LAST:
-            return left
-        send(left, signal.SIGTERM if waited < GRACE else signal.SIGKILL)
+    start = time.monotonic()
+    while remaining := descendants():
+        waited = time.monotonic() - start
+        if waited > TERM_TIMEOUT + KILL_TIMEOUT:
+            return remaining
+        send_signal(remaining, signal.SIGTERM if waited < TERM_TIMEOUT else signal.SIGKILL)
         time.sleep(0.05)
-        _reap()
-    _reap()
+        _collect_zombies()
+    _collect_zombies()
     return []
 
 
-def name_of(number: int) -> str:
-    """A signal in words."""
+def describe_signal(number: int) -> str:
+    """Return the number and the name of a signal, such as ``signal 9 (SIGKILL)``."""
     try:
         return f"signal {number} ({signal.Signals(number).name})"
     except ValueError:
         return f"signal {number}"
 
 
-def _stat(process: int) -> tuple[str, int]:
-    """State and parent of a process."""
+def _state_and_parent(pid: int) -> tuple[str, int]:
+    """Return the state letter of proc(5), empty for no process, and the id of the parent."""
     try:
-        # pid (name) state parent ...; the name may hold anything, even parentheses
-        text = Path(f"/proc/{process}/stat").read_text(errors="replace")
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
     except OSError:
         return "", 0
-    letter, parent = text.rpartition(")")[2].split()[:2]
-    return letter, int(parent)
+    # The line is "pid (name) state parent ...", and the name may itself hold parentheses.
+    state, parent = text.rpartition(")")[2].split()[:2]
+    return state, int(parent)
 
 
-def _reap() -> None:
-    """Collect ended children that this process has inherited."""
+def _collect_zombies() -> None:
+    """Collect the ended children of this process, inherited ones included."""
     with contextlib.suppress(ChildProcessError):
         while os.waitpid(-1, os.WNOHANG)[0]:
             continue

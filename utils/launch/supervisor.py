@@ -1,24 +1,25 @@
-"""Starts a launcher, stays beside it, and starts it again when a worker has failed:
+"""Supervisor: starts a launcher, stays beside it, and starts it again when a worker has failed.
 
-    python supervise.py [--tagged] [--max-restarts N] -- command ...
+    python utils/launch/supervisor.py [--tagged] [--max-restarts N] -- command ...
 
 torch.distributed.launch answers every failure with exit code 1 and pages of text of its own, kills
 workers that are still saving, and leaves them behind when it is killed itself. This small process,
-which imports nothing but the standard library, passes on what the workers say, keeps the launcher's
-failure report to itself, turns it into one line and an exit code, and leaves no process behind.
-With --tagged the launcher is horovodrun, which puts a tag before every line of its workers and
-pipes their standard output too; rank 0 then finds the terminal, if there is one, under
-CIFAR_TERMINAL.
+which imports nothing but the standard library, passes on the output of the workers, keeps the
+launcher's failure report to itself, turns it into one line and an exit code, and leaves no process
+behind. With --tagged the launcher is horovodrun, which puts a tag before every line of its workers
+and pipes their standard output too; the environment variable CIFAR_TERMINAL then names the
+terminal, if there is one, to rank 0.
 
-Workers that say who they are (utils/launch/heartbeat.py) get SIGTERM, SIGINT, SIGHUP and SIGUSR1 as a request
-to save and leave, without the launcher, and SIGUSR2 as one to save and go on. When none of them
-has begun anything new for too long, those that hold up the others are named, show their stack and
-are ended. After a failure that need not come again the command is started anew, with the number of
-restarts under CIFAR_RESTARTS, as soon as the last process of the attempt before is gone.
+Workers that have registered (utils/launch/heartbeat.py) get SIGTERM, SIGINT, SIGHUP and SIGUSR1
+directly, not through the launcher, as a request to save and stop, and SIGUSR2 as a request to save
+and continue. When no worker has started anything new for too long, the workers that hold up the
+others are named, show their stacks and are ended. After a failure that need not occur again the
+command is started again as soon as the last process of the previous attempt is gone. The number of
+restarts is in the environment variable CIFAR_RESTARTS.
 
-Exit codes: 0 finished, 2 bad input, 3 training failed, 75 saved and left on request; 130, 143 or
-129 where a request (Ctrl-C, SIGTERM, SIGHUP) came before any worker was there, or a second one or
-the time limit has cut the save short.
+Exit codes: 0 finished, 2 bad input, 3 training failed, 75 saved and stopped on request; 130, 143 or
+129 where a request (Ctrl-C, SIGTERM, SIGHUP) came before any worker had registered, or where a
+second request or the time limit has cut the save short.
 """
 
 import argparse
@@ -33,78 +34,86 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-if __name__ == "__main__":  # started by its path: the project's folder must be found
+if __name__ == "__main__":  # Started by its path, it must find the project's folder itself.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN
-from utils.launch.heartbeat import VARIABLE, Listener, Worker, is_stopped
-from utils.launch.output import IDLE, Screen, root_cause
+from utils.launch.heartbeat import SERVER_VARIABLE, HeartbeatServer, Worker
+from utils.launch.output import FLUSH_DELAY, OutputFilter, root_cause
 from utils.launch.processes import (
     descendants,
+    describe_signal,
     end_descendants,
     end_with_parent,
     has_ended,
     inherit_orphans,
-    name_of,
-    send,
+    is_stopped,
+    send_signal,
 )
 
 STDOUT, STDERR = 1, 2
-RESTARTS = "CIFAR_RESTARTS"
+RESTARTS_VARIABLE, TERMINAL_VARIABLE = "CIFAR_RESTARTS", "CIFAR_TERMINAL"
 
-# Seconds between two looks at the workers and at what has been asked.
-TICK = 0.1
-# Seconds between two signals that make the second one a repetition and not an echo of the first.
-ECHO = 0.5
-# Seconds that a job gets to end after a request to leave, or after its first worker has ended.
-PATIENCE = 40
-# Seconds that the others get when a worker has crashed; they may have errors of their own to show.
-LINGER = 5
+# Seconds between two polls of the workers and of the requests.
+POLL_INTERVAL = 0.1
+# Seconds after which a second signal is a repetition; before, it may be an echo of the first.
+ECHO_INTERVAL = 0.5
+# Seconds that a job gets to end after a request to stop, or after its first worker has ended.
+END_TIMEOUT = 40
+# Seconds that the other workers get after a crash; they may have errors of their own to show.
+CRASH_TIMEOUT = 5
 # Seconds that a stalled worker gets to show its stack.
-LAST_WORDS = 2.0
+STACK_TIMEOUT = 2.0
 
 
 class Requests:
-    """What signals ask of this process from now on.
+    """The requests that signals make to this process.
 
     Attributes:
-        leave: the first signal that asks to save and leave; 0 while none has come.
-        saves: how many have asked to save and go on.
-        insisted: whether Ctrl-C or SIGTERM has been repeated.
+        stop_signal: The first signal that asks to save and stop; 0 while none has come.
+        save_count: The number of signals that have asked to save and continue.
+        repeated: Whether Ctrl-C or SIGTERM has been repeated.
     """
 
     def __init__(self) -> None:
-        self.leave, self.saves, self.insisted = 0, 0, False
-        self._since = self._asked = 0.0
+        """Install the signal handlers."""
+        self.stop_signal, self.save_count, self.repeated = 0, 0, False
+        self._stop_time = self._first_time = 0.0
         numbers = signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2
         for number in numbers:
-            if signal.getsignal(number) != signal.SIG_IGN:  # ignored under nohup, for one
-                signal.signal(number, self._take)
-
-    def _take(self, number: int, _: object) -> None:
-        if number == signal.SIGUSR2:
-            self.saves += 1
-            return
-        now = time.monotonic()
-        if not self.leave:
-            self.leave, self._since = number, now
-        if number in (signal.SIGINT, signal.SIGTERM):
-            self._asked = self._asked or now
-            self.insisted = self.insisted or now - self._asked > ECHO
-
-    def overdue(self) -> bool:
-        """Whether the time to save and leave is over."""
-        waited = time.monotonic() - self._since
-        return self.insisted or bool(self.leave and waited > PATIENCE)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, for example.
+                signal.signal(number, self._handle)
 
     @property
-    def code(self) -> int:
+    def exit_code(self) -> int:
         """The exit code of a job that has been ended before it could save."""
-        return 128 + (signal.SIGTERM if self.leave == signal.SIGUSR1 else self.leave)
+        usr1 = self.stop_signal == signal.SIGUSR1
+        return 128 + (signal.SIGTERM if usr1 else self.stop_signal)
+
+    def is_overdue(self) -> bool:
+        """Return whether the time to save and stop is over."""
+        waited = time.monotonic() - self._stop_time
+        return self.repeated or bool(self.stop_signal and waited > END_TIMEOUT)
+
+    def _handle(self, number: int, _: object) -> None:
+        if number == signal.SIGUSR2:
+            self.save_count += 1
+            return
+        now = time.monotonic()
+        if not self.stop_signal:
+            self.stop_signal, self._stop_time = number, now
+        if number in (signal.SIGINT, signal.SIGTERM):
+            self._first_time = self._first_time or now
+            self.repeated = self.repeated or now - self._first_time > ECHO_INTERVAL
 
 
 class Outcome(NamedTuple):
-    """How an attempt has ended: an exit code, and what has failed where nobody has said so."""
+    """How an attempt has ended.
+
+    Attributes:
+        code: The exit code.
+        failure: What has failed; empty where a worker has already said so.
+    """
 
     code: int
     failure: str = ""
@@ -113,179 +122,208 @@ class Outcome(NamedTuple):
 class Attempt:
     """One start of the command.
 
-    Raises:
-        OSError: the command cannot be started.
+    Attributes:
+        filters: The filters of standard error and, of a tagged command, of standard output.
     """
 
     def __init__(
         self, command: Sequence[str], tagged: bool, restarts: int, requests: Requests
     ) -> None:
-        self.tagged = tagged
-        self.requests = requests
-        self.listener = Listener()
-        self._asked, self._told, self._saves = False, set[int](), requests.saves
-        self._outcome: Outcome | None = None  # where it is known before the launcher ends
+        """Start the command.
+
+        Args:
+            command: The launcher and its arguments.
+            tagged: Whether the launcher is horovodrun.
+            restarts: The number of attempts before this one.
+            requests: The requests of the user.
+
+        Raises:
+            OSError: The command cannot be started.
+        """
+        self._tagged = tagged
+        self._requests = requests
+        self._server = HeartbeatServer()
+        self._stop_forwarded, self._notified_pids = False, set[int]()
+        self._saves_forwarded = requests.save_count
+        self._outcome: Outcome | None = None  # Set where it is known before the launcher ends.
         pipes = [os.pipe() for _ in range(1 + tagged)]
         try:
-            # After setsid: what the terminal sends comes here alone.
-            self.launcher = subprocess.Popen(
+            # In a session of its own the launcher gets no signals from the terminal.
+            self._launcher = subprocess.Popen(
                 command,
                 stdout=pipes[1][1] if tagged else None,
                 stderr=pipes[0][1],
-                env=_environment(self.listener.name, restarts, tagged),
+                env=_launcher_environment(self._server.name, restarts, tagged),
                 start_new_session=True,
-                preexec_fn=_begin_launcher,
+                preexec_fn=_end_with_supervisor,
             )
         finally:
-            for _, writing in pipes:
-                os.close(writing)
-        self.screens = [Screen(out, self.launcher.pid) for out in (STDERR, STDOUT)[: len(pipes)]]
-        self.readers = []
-        for screen, (reading, _) in zip(self.screens, pipes, strict=True):
-            screen.failures = self.screens[0].failures  # horovodrun reports on standard output
-            reader = threading.Thread(target=screen.copy, args=(reading,), daemon=True)
-            self.readers.append(reader)
+            for _, write_end in pipes:
+                os.close(write_end)
+        self.filters = [
+            OutputFilter(out, self._launcher.pid) for out in (STDERR, STDOUT)[: len(pipes)]
+        ]
+        self._readers = []
+        for output, (read_end, _) in zip(self.filters, pipes, strict=True):
+            # horovodrun reports failures on standard output.
+            output.failures = self.filters[0].failures
+            reader = threading.Thread(target=output.forward, args=(read_end,), daemon=True)
+            self._readers.append(reader)
 
     def run(self) -> Outcome:
-        """Stay beside the launcher to its end, and end what is left then."""
-        for reader in self.readers:
+        """Supervise the launcher until it ends, and end the processes that it has left."""
+        for reader in self._readers:
             reader.start()
-        with closing(self.listener):
+        with closing(self._server):
             while (code := self._wait()) is None:
-                self.listener.look()
-                self._pass_on_requests()
+                self._server.poll()
+                self._forward_requests()
                 if self._outcome is None:
-                    self._judge_workers()
-        left = end_descendants()
-        for reader in self.readers:
+                    self._check_workers()
+        remaining = end_descendants()
+        for reader in self._readers:
             reader.join(timeout=5)
         outcome = self._outcome or self._outcome_of(code)
-        if left:
+        if remaining:
             why = f"{outcome.failure}; " if outcome.failure else ""
-            return Outcome(FAILED, f"{why}process {left[0]} cannot be ended")
+            return Outcome(FAILED, f"{why}process {remaining[0]} cannot be ended")
         return outcome
 
     def _wait(self) -> int | None:
+        """Wait for one poll interval; return the exit code of a launcher that has ended."""
         try:
-            return self.launcher.wait(TICK)
+            return self._launcher.wait(POLL_INTERVAL)
         except subprocess.TimeoutExpired:
             return None
 
-    def _pass_on_requests(self) -> None:
-        """Ask the workers themselves: a launcher would kill them after a few seconds."""
-        living = self.listener.living()
-        if self._saves < self.requests.saves:
-            self._saves = self.requests.saves
-            send([worker.process for worker in living], signal.SIGUSR2)
-        if not self.requests.leave:
+    def _forward_requests(self) -> None:
+        """Forward requests to the workers: a launcher would kill them after a few seconds."""
+        pids = self._living_pids()
+        if self._saves_forwarded < self._requests.save_count:
+            self._saves_forwarded = self._requests.save_count
+            send_signal(pids, signal.SIGUSR2)
+        if not self._requests.stop_signal:
             return
-        if self.requests.overdue():
-            self._end(Outcome(self.requests.code))
+        if self._requests.is_overdue():
+            self._end(Outcome(self._requests.exit_code))
             return
-        number = self.requests.leave
-        if not self._asked:
-            self._asked = True
-            for screen in self.screens:
-                screen.interrupted = True
-            if not living and number != signal.SIGUSR1:  # which waits for the first worker
-                self.launcher.send_signal(number)
-        new = {worker.process for worker in living} - self._told
-        send(list(new), signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
-        self._told |= new
+        number = self._requests.stop_signal
+        if not self._stop_forwarded:
+            self._stop_forwarded = True
+            for output in self.filters:
+                output.interrupted = True
+            # SIGUSR1 waits for the first worker.
+            if not pids and number != signal.SIGUSR1:
+                self._launcher.send_signal(number)
+        new = set(pids) - self._notified_pids
+        send_signal(list(new), signal.SIGUSR1 if number == signal.SIGUSR1 else signal.SIGTERM)
+        self._notified_pids |= new
 
-    def _judge_workers(self) -> None:
-        """End a job that does not go on and whose launcher does not see it."""
-        ended = [worker for worker in self.listener.workers if worker.ended]
+    def _check_workers(self) -> None:
+        """End a job that does not continue and whose launcher does not notice."""
+        ended = [worker for worker in self._server.workers if worker.ended_at]
         if not ended:
-            if stalled := self.listener.stalled():
+            if stalled := self._server.stalled():
                 self._end_stalled(stalled)
             return
         now = time.monotonic()
-        first = min(ended, key=lambda worker: worker.ended)
-        crashes = [worker.ended for worker in ended if worker.code not in (0, RUN_AGAIN)]
-        if now - first.ended > PATIENCE:
-            codes = {worker.code for worker in self.listener.workers}
+        first = min(ended, key=lambda worker: worker.ended_at)
+        crashes = [worker.ended_at for worker in ended if worker.exit_code not in (0, RUN_AGAIN)]
+        if now - first.ended_at > END_TIMEOUT:
+            codes = {worker.exit_code for worker in self._server.workers}
             code = codes.pop()
             if not codes and code in (0, BAD_INPUT, FAILED, RUN_AGAIN):
                 self._end(Outcome(code))
             else:
-                what = f"the launcher has not ended within {PATIENCE} s of rank {first.rank}"
+                what = f"the launcher has not ended within {END_TIMEOUT} s of rank {first.rank}"
                 self._end(Outcome(FAILED, what))
-        elif crashes and now - min(crashes) > LINGER:
-            # The launcher goes on to report the crash.
-            send([worker.process for worker in self.listener.living()], signal.SIGKILL)
+        elif crashes and now - min(crashes) > CRASH_TIMEOUT:
+            # The launcher survives this and reports the crash.
+            send_signal(self._living_pids(), signal.SIGKILL)
+
+    def _living_pids(self) -> list[int]:
+        return [worker.pid for worker in self._server.living()]
 
     def _end_stalled(self, stalled: list[Worker]) -> None:
         """Let workers that have stalled show their stacks, and end the job."""
-        outcome = Outcome(FAILED, _describe(stalled, self.listener.living()))
-        stopped = [worker.process for worker in stalled if is_stopped(worker)]
-        others = [worker.process for worker in stalled if worker.process not in stopped]
-        if not self.tagged and self.launcher.pid not in others:
-            self.launcher.send_signal(signal.SIGSTOP)  # so that it says nothing of all this
-        send(stopped, signal.SIGKILL)
-        send(others, signal.SIGABRT)
-        deadline = time.monotonic() + LAST_WORDS
-        while time.monotonic() < deadline and not all(has_ended(process) for process in others):
-            time.sleep(TICK)
-        time.sleep(IDLE)  # until what they have said has come through
+        outcome = Outcome(FAILED, _describe_stall(stalled, self._server.living()))
+        stopped = [worker.pid for worker in stalled if is_stopped(worker.pid)]
+        others = [worker.pid for worker in stalled if worker.pid not in stopped]
+        if not self._tagged and self._launcher.pid not in others:
+            self._launcher.send_signal(signal.SIGSTOP)  # It must not report what happens here.
+        send_signal(stopped, signal.SIGKILL)
+        send_signal(others, signal.SIGABRT)
+        deadline = time.monotonic() + STACK_TIMEOUT
+        while time.monotonic() < deadline and not all(has_ended(pid) for pid in others):
+            time.sleep(POLL_INTERVAL)
+        time.sleep(FLUSH_DELAY)  # The stacks must pass the filters before everything ends.
         self._end(outcome)
 
     def _end(self, outcome: Outcome) -> None:
+        """End the job with an outcome, unless an earlier one is set."""
         self._outcome = self._outcome or outcome
-        send(descendants(), signal.SIGKILL)
-        self.launcher.kill()  # where there is no /proc
+        send_signal(descendants(), signal.SIGKILL)
+        self._launcher.kill()  # Without /proc nothing else has ended it.
 
     def _outcome_of(self, code: int) -> Outcome:
-        """What the exit code and the report of the launcher mean."""
+        """Return what the exit code and the report of the launcher mean."""
         if code == 0:
             return Outcome(0)
-        who, failures = "the launcher", self.screens[0].failures
+        who, failures = "the launcher", self.filters[0].failures
         if failures:
             _, rank, code = root_cause(failures)
             who = f"rank {rank}"
         if code in (BAD_INPUT, FAILED, RUN_AGAIN):
-            return Outcome(code)  # the worker has said why
-        if self._asked and (not self._told or -code in (signal.SIGTERM, signal.SIGUSR1)):
-            return Outcome(self.requests.code)
+            return Outcome(code)  # The worker has said why.
+        by_request = not self._notified_pids or -code in (signal.SIGTERM, signal.SIGUSR1)
+        if self._stop_forwarded and by_request:
+            return Outcome(self._requests.exit_code)
         if not failures:
-            self.screens[0].show_log()
-        how = f"failed with exit code {code}" if code > 0 else f"was ended by {name_of(-code)}"
-        return Outcome(FAILED, f"{who} {how}")
+            self.filters[0].show_log()
+        if code < 0:
+            return Outcome(FAILED, f"{who} was ended by {describe_signal(-code)}")
+        return Outcome(FAILED, f"{who} failed with exit code {code}")
 
 
-def _environment(name: str, restarts: int, tagged: bool) -> dict[str, str]:
-    """What an attempt finds in its environment; nothing that an outer supervisor has said."""
-    environment = {k: v for k, v in os.environ.items() if k not in (VARIABLE, RESTARTS)}
-    if name:
-        environment[VARIABLE] = name
+def _launcher_environment(server_name: str, restarts: int, tagged: bool) -> dict[str, str]:
+    """Return the environment of an attempt, without the variables of an outer supervisor."""
+    own = (SERVER_VARIABLE, RESTARTS_VARIABLE)
+    environment = {key: value for key, value in os.environ.items() if key not in own}
+    if server_name:
+        environment[SERVER_VARIABLE] = server_name
     if restarts:
-        environment[RESTARTS] = str(restarts)
+        environment[RESTARTS_VARIABLE] = str(restarts)
     if tagged and os.isatty(STDOUT):
-        environment["CIFAR_TERMINAL"] = os.ttyname(STDOUT)
+        environment[TERMINAL_VARIABLE] = os.ttyname(STDOUT)
     return environment
 
 
-def _begin_launcher() -> None:
-    # SIGTERM lets the launcher end its workers when this process is killed.
+def _end_with_supervisor() -> None:
+    # This runs in the launcher's process. SIGTERM lets the launcher end its workers.
     end_with_parent(signal.SIGTERM)
 
 
-def _describe(stalled: list[Worker], living: list[Worker]) -> str:
-    """Who holds up the others, in words."""
+def _describe_stall(stalled: list[Worker], living: list[Worker]) -> str:
+    """Return which workers hold up the others, for how long and in what."""
     if len(stalled) == 1:
-        who = f"rank {stalled[0].rank} (process {stalled[0].process}) has not"
+        who = f"rank {stalled[0].rank} (process {stalled[0].pid}) has not"
     elif len(stalled) == len(living):
         who = f"none of the {len(living)} ranks has"
     else:
         ranks = ", ".join(str(worker.rank) for worker in stalled)
-        who = f"ranks {ranks} (processes {', '.join(str(w.process) for w in stalled)}) have not"
+        who = f"ranks {ranks} (processes {', '.join(str(w.pid) for w in stalled)}) have not"
     seconds = max(worker.timeout for worker in living)
-    what = stalled[0].what + (", stopped by a signal" if is_stopped(stalled[0]) else "")
-    return f"{who} gone on for {seconds:g} s ({what})"
+    note = ", stopped by a signal" if is_stopped(stalled[0].pid) else ""
+    return f"{who} gone on for {seconds:g} s ({stalled[0].activity}{note})"
 
 
 def supervise(command: Sequence[str], tagged: bool = False, max_restarts: int = 0) -> int:
-    """Run a launcher, horovodrun if tagged, until it need not be started again.
+    """Run a launcher, and start it again after failures that need not occur again.
+
+    Args:
+        command: The launcher and its arguments.
+        tagged: Whether the launcher is horovodrun.
+        max_restarts: The number of restarts that are allowed.
 
     Returns:
         The exit code.
@@ -302,21 +340,21 @@ def supervise(command: Sequence[str], tagged: bool = False, max_restarts: int = 
         outcome = attempt.run()
         if not outcome.failure:
             return outcome.code
-        screen = attempt.screens[0]
-        if restarts == max_restarts or requests.leave or descendants():
+        output = attempt.filters[0]
+        if restarts == max_restarts or requests.stop_signal or descendants():
             used = f" after {restarts} restart{'s' * (restarts > 1)}" if restarts else ""
-            screen.write(f"error: {outcome.failure}; training has stopped{used}\n".encode())
+            output.write(f"error: {outcome.failure}; training has stopped{used}\n".encode())
             return outcome.code
         restarts += 1
         line = f"{outcome.failure}; restart {restarts} of {max_restarts} from the newest checkpoint"
-        screen.write(f"{line}\n".encode())
+        output.write(f"{line}\n".encode())
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run the command line and return the exit code."""
     words = list(arguments)
     end = words.index("--") if "--" in words else len(words)
-    usage = "python supervise.py [--tagged] [--max-restarts N] -- command ..."
+    usage = "python utils/launch/supervisor.py [--tagged] [--max-restarts N] -- command ..."
     parser = argparse.ArgumentParser(usage=usage)
     parser.add_argument("--tagged", action="store_true")
     parser.add_argument("--max-restarts", type=int, default=0)

@@ -14,10 +14,11 @@ class Confusion:
     """Counts of (true class, predicted class) on one worker.
 
     Attributes:
-        counts: (classes, classes) int64, a row a true class.
+        counts: (classes, classes) int64, a row for each true class.
     """
 
     def __init__(self, classes: int, device: torch.device) -> None:
+        """Start from zero."""
         self.counts = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
     def update(self, output: Tensor, labels: Tensor) -> None:
@@ -27,11 +28,11 @@ class Confusion:
         self.counts += cells.bincount(minlength=classes * classes).view(classes, classes)
 
     def reduce(self, comm: Comm) -> None:
-        """Add up what all workers have counted: one sum over the workers."""
-        comm.sum_(self.counts)
+        """Add up what all workers have counted; one all-reduce."""
+        comm.all_reduce_sum_(self.counts)
 
     def lines(self, names: Sequence[str]) -> list[str]:
-        """Accuracy and most frequent mistake of every class, a line each."""
+        """Return accuracy and most frequent mistake of every class, a line each."""
         width = max(map(len, names))
         return [self._line(row, name.ljust(width), names) for row, name in enumerate(names)]
 
@@ -47,7 +48,7 @@ class Confusion:
 
     def draw(self, names: Sequence[str], picture: Path) -> None:
         """Draw the matrix, each row in per cent of its class."""
-        from matplotlib.figure import Figure  # slow to import
+        from matplotlib.figure import Figure  # Slow to import.
 
         counts = self.counts.cpu().double()
         shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)

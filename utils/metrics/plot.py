@@ -1,4 +1,4 @@
-"""Curves of one run (log.png), or of several runs over each other:
+"""Curves of one run (log.png), or of several runs over each other.
 
 ``python -m utils.plot checkpoints/cifar10/*/log.txt -o compare.png``
 """
@@ -15,10 +15,10 @@ PANELS = (("loss", "Train Loss", "Valid Loss"), ("accuracy, %", "Train Acc.", "V
 
 
 def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a log.txt by name.
+    """Return the columns of a log.txt by name.
 
     Raises:
-        UserError: the file is missing or is no such log.
+        UserError: The file is missing or is no such log.
     """
     try:
         names, *rows = [line.strip().split("\t") for line in path.read_text().splitlines()]
@@ -52,7 +52,7 @@ def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
 
 
 def main() -> int:
-    """Overlay the logs named on the command line."""
+    """Overlay the logs that the command line names and return the exit code."""
     parser = argparse.ArgumentParser(description="Overlay the curves of several runs.")
     parser.add_argument("logs", nargs="+", type=Path, help="log.txt files")
     parser.add_argument("-o", "--output", type=Path, default=Path("compare.png"))

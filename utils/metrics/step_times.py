@@ -18,11 +18,12 @@ class StepTimes:
     device at each mark, without which the times of a GPU would mean nothing.
 
     Attributes:
-        data, compute: seconds per step, for making the batch and for training on it; with several
-            workers the latter has the communication in it.
+        data: The seconds of each step until its batch is there.
+        compute: The seconds of each step's training; with several workers communication is in it.
     """
 
     def __init__(self, keep: bool = False) -> None:
+        """Start without a step."""
         self.keep = keep
         self.data: list[float] = []
         self.compute: list[float] = []
@@ -30,19 +31,24 @@ class StepTimes:
         self.batches: list[int] = []
 
     def begin(self) -> None:
-        """A step begins."""
+        """Note that a step begins."""
         self._mark = self._now()
 
     def data_ready(self) -> None:
-        """The step has its batch."""
+        """Note that the step has its batch."""
         now = self._now()
         self.data.append(now - self._mark)
         self._mark = now
 
     def step_done(self, loss_sum: Tensor, global_batch: int) -> None:
-        """The step is over; loss_sum is this worker's, global_batch the images of all."""
+        """Note that the step is over.
+
+        Args:
+            loss_sum: This worker's loss summed over its shard, a scalar.
+            global_batch: The images of all workers.
+        """
         if self.keep:
-            # A copy in any case: the next step may overwrite it.
+            # The next step may overwrite the loss.
             self.losses.append(loss_sum.to(torch.float64, copy=True))
             self.batches.append(global_batch)
         self.compute.append(self._now() - self._mark)
@@ -52,27 +58,25 @@ class StepTimes:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def write(self, path: Path | None, comm: Comm) -> None:
-        """Write what has been kept as JSON; every rank must call it."""
-        if not self.keep or path is None:
-            return
+    def write(self, path: Path, comm: Comm) -> None:
+        """Write what has been kept as JSON; every rank must call this."""
         losses: list[float] = []
-        if self.losses:  # a run may have been finished already
-            sums = comm.sum_(torch.stack(self.losses))  # one sum over the workers
+        if self.losses:  # A run may have been finished already.
+            sums = comm.all_reduce_sum_(torch.stack(self.losses))
             losses = (sums.cpu() / torch.tensor(self.batches)).tolist()
         record = {
             "loss": losses,
             "global_batch": self.batches,
             "data_seconds": self.data,
             "compute_seconds": self.compute,
-            "workers": comm.size,
+            "workers": comm.world_size,
             "engine": comm.name,
             "peak_memory": _peak_memory(comm.device),
         }
-        if comm.is_main:
+        if comm.is_main_process:
             write_text(path, json.dumps(record))
 
 
 def _peak_memory(device: torch.device) -> int:
-    """The most bytes that tensors have taken on this worker's GPU; 0 on the CPU."""
+    """Return the most bytes that tensors have taken on this worker's GPU; 0 on the CPU."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0

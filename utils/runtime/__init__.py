@@ -1,1 +1,1 @@
-"""The machine that computes: device, precision, memory, and what a result says of it."""
+"""The machine that computes: device, precision, memory, and the record of it in results."""

@@ -1,6 +1,6 @@
 """Contiguous (NCHW) or channels-last (NHWC) activations: which trains faster differs.
 
-It depends on the network and the processor, so both are tried once per machine; the answer is
+It depends on the network and the processor, so both are tried once per machine. The answer is
 remembered in the user's cache folder. Results are the same but for rounding.
 """
 
@@ -14,33 +14,33 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from utils.data.image_set import ImageSet
 from utils.distributed.comm import Comm
 from utils.files import write_text
+from utils.runtime.precision import forward_loss
 from utils.runtime.provenance import processor
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# Images below which trying costs more than a better choice could save.
+# Below so many images trying costs more than a better choice could save.
 WORTHWHILE = 2_000
 # A step of the trial should take about this many seconds, within the limits of images below.
 _STEP_SECONDS = 0.15
 _LEAST, _MOST = 2, 64
-# What channels-last must gain before it is chosen: a trial is a noisy measurement.
+# Channels-last must gain so much before it is chosen, for a trial is a noisy measurement.
 _MARGIN = 1.03
 
 
-def choose(name: str, model: nn.Module, images: int, amp: str, comm: Comm) -> str:
-    """The format that trains this network faster; the same on every rank.
+def choose_memory_format(name: str, model: nn.Module, images: int, amp: str, comm: Comm) -> str:
+    """Return the format that trains this network faster; the same on every rank.
 
     Args:
-        name: of the network with its arguments, to remember the answer by.
-        model: on its device, not wrapped; it is left as it is.
-        images: how many the run trains on.
+        name: A name of the network with its arguments, to remember the answer by.
+        model: The network on its device, not wrapped; it is left as it is.
+        images: The number of images that the whole run trains on.
         amp: "off" or "bf16".
-        comm: the engine; rank 0 tries, the others wait.
+        comm: The engine; rank 0 tries, the others wait.
     """
     if comm.device.type != "cpu":
         # Tensor cores work on NHWC; the fp32 kernels do not gain.
@@ -48,32 +48,34 @@ def choose(name: str, model: nn.Module, images: int, amp: str, comm: Comm) -> st
     if images < WORTHWHILE:
         return "contiguous"
     faster = torch.zeros(())
-    if comm.is_main:
+    if comm.is_main_process:
         faster.fill_(_remembered(name, model, comm) == "channels_last")
     return "channels_last" if comm.broadcast_(faster).item() else "contiguous"
 
 
-def lay_out(model: nn.Module, sets: Iterable[ImageSet], memory_format: str, comm: Comm) -> None:
-    """Give the sets' batches the format; parameters too, if gradients of any layout can be sent."""
+def apply_memory_format(
+    model: nn.Module, sets: Iterable[ImageSet], memory_format: str, comm: Comm
+) -> None:
+    """Give the sets' batches the format, and the parameters if their gradients can be sent so."""
     for images in sets:
         images.memory_format = FORMATS[memory_format]
-    if comm.sends_any_layout:
+    if comm.supports_any_layout:
         model.to(memory_format=FORMATS[memory_format])
 
 
 def _remembered(name: str, model: nn.Module, comm: Comm) -> str:
-    """The answer of an earlier run on this machine, or that of a trial."""
+    """Return the answer of an earlier run on this machine, or that of a trial."""
     try:
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # a user without a home
+    except RuntimeError:  # The user has no home.
         return _try(model, comm)
     path = cache / "cifar-allreduce" / "memory-format.json"
-    parts = [name, str(next(model.parameters()).dtype), str(comm.sends_any_layout)]
+    parts = [name, str(next(model.parameters()).dtype), str(comm.supports_any_layout)]
     key = " | ".join([*parts, processor(), f"{torch.get_num_threads()} threads", torch.__version__])
     try:
         answers = dict(json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):
-        answers = {}  # none yet, or a damaged file
+        answers = {}  # There is none yet, or a damaged file.
     if answers.get(key) in FORMATS:
         return answers[key]
     answers[key] = _try(model, comm)
@@ -81,39 +83,41 @@ def _remembered(name: str, model: nn.Module, comm: Comm) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(answers, indent=1))
     except OSError:
-        pass  # the next run tries again
+        pass  # The next run tries again.
     return answers[key]
 
 
 def _try(model: nn.Module, comm: Comm) -> str:
-    """Time forward and backward in both formats, in turns."""
+    """Time forward and backward in both formats in turns, and return the faster one."""
     with torch.random.fork_rng(devices=[]):
-        arms = {}
+        variants = {}
         for name in FORMATS:
-            arms[name] = copy.deepcopy(model).train()
-            lay_out(arms[name], (), name, comm)
-        _step(arms["contiguous"], "contiguous", _LEAST)  # pays for memory and compilation
-        seconds = _step(arms["contiguous"], "contiguous", _LEAST)
+            variants[name] = copy.deepcopy(model).train()
+            apply_memory_format(variants[name], (), name, comm)
+        # The first step pays for memory and compilation.
+        _step(variants["contiguous"], "contiguous", _LEAST)
+        seconds = _step(variants["contiguous"], "contiguous", _LEAST)
         batch = min(max(int(_STEP_SECONDS / seconds * _LEAST), _LEAST), _MOST)
-        for name, arm in arms.items():
-            _step(arm, name, batch)
+        for name, variant in variants.items():
+            _step(variant, name, batch)
         turns = 3 if seconds < _STEP_SECONDS else 1
         ratios = []
         for _ in range(turns):
-            first = _step(arms["contiguous"], "contiguous", batch)
-            between = [_step(arms["channels_last"], "channels_last", batch) for _ in range(2)]
-            last = _step(arms["contiguous"], "contiguous", batch)
+            first = _step(variants["contiguous"], "contiguous", batch)
+            between = [_step(variants["channels_last"], "channels_last", batch) for _ in range(2)]
+            last = _step(variants["contiguous"], "contiguous", batch)
             ratios.append((first + last) / sum(between))
     return "channels_last" if statistics.median(ratios) > _MARGIN else "contiguous"
 
 
 def _step(model: nn.Module, memory_format: str, batch: int) -> float:
-    """Seconds of one forward and backward."""
+    """Return the seconds of one forward and backward."""
     dtype = next(model.parameters()).dtype
     images = torch.randn(batch, 3, 32, 32, dtype=dtype)
     images = images.contiguous(memory_format=FORMATS[memory_format])
     labels = torch.zeros(batch, dtype=torch.int64)
     model.zero_grad()
     start = time.perf_counter()
-    functional.cross_entropy(model(images), labels).backward()
+    loss, _ = forward_loss(model, images, labels, "off")
+    loss.backward()
     return time.perf_counter() - start

@@ -1,11 +1,12 @@
-"""Where a result comes from: versions, commit, machine and options, for args.json."""
+"""Where a result comes from: code, versions, commit, machine and options, for args.json."""
 
-import argparse
+import hashlib
 import json
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +17,26 @@ from utils.distributed.comm import Comm
 from utils.files import ROOT
 
 
+def code_fingerprint(root: Path = ROOT) -> dict[str, object]:
+    """Return a digest of all sources that a run executes, and the version of torch."""
+    folders = [root / "models", root / "utils"]
+    sources = [*root.glob("*.py"), *(path for folder in folders for path in folder.rglob("*.py"))]
+    text = b"".join(path.read_bytes() for path in sorted(sources))
+    return {"version of the code": hashlib.sha256(text).hexdigest(), "torch": torch.__version__}
+
+
 def versions() -> dict[str, str]:
-    """Versions of what computes."""
+    """Return the versions of what computes."""
     return {
         "python": platform.python_version(),
-        "torch": str(torch.__version__),  # a subclass of str otherwise
+        "torch": str(torch.__version__),  # It is a subclass of str otherwise.
         "numpy": np.__version__,
         "cuda": torch.version.cuda or "",
     }
 
 
 def git_commit() -> str:
-    """The commit that runs, with "+changes" where files differ from it; "" outside a clone.
+    """Return the commit that runs, with "+changes" where files differ; "" outside a clone.
 
     CIFAR_COMMIT names it where the files were copied without their history.
     """
@@ -48,7 +57,7 @@ def git_commit() -> str:
 
 
 def machine() -> dict[str, Any]:
-    """What the run computes on."""
+    """Return what the run computes on."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
         "host": platform.node(),
@@ -61,7 +70,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The name of the processor."""
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -70,13 +79,13 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_args(path: Path, options: argparse.Namespace, comm: Comm) -> None:
-    """Write args.json: everything needed to run this again."""
+def write_args(path: Path, options: Mapping[str, Any], comm: Comm) -> None:
+    """Write args.json: everything that is needed to run this again."""
     record = {
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-        "options": vars(options),
+        "options": options,
         "engine": comm.name,
-        "workers": comm.size,
+        "workers": comm.world_size,
         "versions": versions(),
         "git_commit": git_commit(),
         "machine": machine(),

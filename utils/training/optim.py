@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-# The batch that the recipes' learning rates were chosen for; --lr-scaling is relative to it.
+# The recipes' learning rates were chosen for this batch; --lr-scaling is relative to it.
 REFERENCE_BATCH = 128
 
 
@@ -15,10 +15,10 @@ class Schedule:
     """The learning rate of a run.
 
     Attributes:
-        base: the learning rate before any decay, with scaling applied.
-        milestones: epochs, counted from 0, from which on the rate is multiplied by gamma.
-        gamma: the factor.
-        warmup_steps: optimisation steps at the start with a smaller rate.
+        base: The learning rate before any decay, with scaling applied.
+        milestones: The epochs, counted from 0, from which on the rate is multiplied by gamma.
+        gamma: The factor.
+        warmup_steps: The optimisation steps at the start with a smaller rate.
         warmup: "constant" trains these steps at a tenth of the rate (He et al. 2016,
             arXiv 1512.03385, section 4.2), "linear" rises from a tenth to the whole rate.
     """
@@ -30,7 +30,7 @@ class Schedule:
     warmup: str = "constant"
 
     def learning_rate(self, epoch: int, step: int, steps_per_epoch: int) -> float:
-        """The rate for one optimisation step; step counts from 0 within the epoch."""
+        """Return the rate of one optimisation step; ``step`` counts from 0 within the epoch."""
         rate = self.base * self.gamma ** sum(epoch >= m for m in self.milestones)
         done = epoch * steps_per_epoch + step
         if done >= self.warmup_steps:
@@ -41,7 +41,7 @@ class Schedule:
 
 
 def scaled_rate(rate: float, batch: int, scaling: str) -> float:
-    """The rate for a global batch: scaled by batch / 128, by its square root, or not at all."""
+    """Return the rate for a global batch: times batch / 128, its square root, or as it is."""
     ratio = batch / REFERENCE_BATCH
     return rate * {"none": 1.0, "linear": ratio, "sqrt": ratio**0.5}[scaling]
 
@@ -49,7 +49,7 @@ def scaled_rate(rate: float, batch: int, scaling: str) -> float:
 def build_optimizer(
     model: nn.Module, rate: float | Tensor, momentum: float, weight_decay: float, nesterov: bool
 ) -> Optimizer:
-    """SGD over all parameters, weight decay on all of them as in the published recipes.
+    """Return SGD over all parameters, with weight decay on all of them as in published recipes.
 
     The fused kernel reads and writes every number once. A rate in a tensor can change under a
     CUDA graph.

@@ -1,42 +1,32 @@
-"""One optimisation step, behind one call: forward, loss, backward with all-reduce, update."""
+"""One optimisation step behind one call: forward, loss, backward with all-reduce, update."""
 
 import math
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.optim import Optimizer
 
 from models import rows_of_batch
-from utils.data import sampling as order
+from utils.data.sampling import shard
 from utils.distributed.comm import Comm, float_buffers
 from utils.errors import NotFinite
-from utils.runtime.precision import at_least_float32, autocast
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed what a step draws from: the generators of the host and of the device.
-
-    torch.manual_seed goes through the back ends of devices that are not there, too, which costs
-    more of the host's time than all else that a replayed step needs.
-    """
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index].manual_seed(seed)
+from utils.runtime.device import seed_generators
+from utils.runtime.precision import forward_loss
 
 
 class Step:
-    """Trains on one share of a global batch.
+    """Trains on one worker's shard of a global batch.
 
     Args:
-        comm: the engine.
-        model, optimizer: as ``comm.wrap`` returned them.
+        comm: The engine.
+        model: The network as ``comm.prepare`` returned it.
+        optimizer: The optimizer as ``comm.prepare`` returned it.
         amp: "off" or "bf16".
-        passes: backward passes that a share is cut into; the gradients add up and are exchanged
-            once.
-        on_nan: "stop", "skip" or "rewind": look at the gradients before they are used, and leave
-            everything as it was if they are not finite; None does not look.
+        accumulation_steps: The backward passes that a shard is cut into; their gradients
+            accumulate and are averaged once.
+        on_nan: "stop", "skip" or "rewind" checks the gradients before they are used, and leaves
+            everything as it was if they are not finite; None does not check them.
     """
 
     def __init__(
@@ -45,73 +35,80 @@ class Step:
         model: nn.Module,
         optimizer: Optimizer,
         amp: str,
-        passes: int = 1,
+        accumulation_steps: int = 1,
         on_nan: str | None = None,
     ) -> None:
+        """Keep the collaborators; nothing is computed yet."""
         self.comm = comm
         self.model = model
         self.optimizer = optimizer
         self.amp = amp
-        self.passes = passes
+        self.accumulation_steps = accumulation_steps
         self.on_nan = on_nan
 
     def __call__(
         self, images: Tensor, labels: Tensor, global_batch: int, seed: int | None
     ) -> tuple[Tensor, Tensor]:
-        """Train on this worker's share of a batch of global_batch images.
+        """Train on this worker's shard of a batch.
 
         The engines average gradients over the workers. Each worker's loss is its sum divided by
-        the mean share (global_batch / workers), not by its own: the average is then the exact
-        mean over the global batch, also when shares differ by an image. The seed, the same on all
-        workers, is of the dropout masks, which are the global batch's too; None leaves the
-        generators as they are.
+        the mean shard (global_batch / world_size), not by its own. So the average is the exact
+        mean over the global batch, also when shards differ by an image.
+
+        Args:
+            images: (B, 3, H, W), the shard.
+            labels: (B,) int64.
+            global_batch: The images of all workers.
+            seed: The seed of the dropout masks, which are the global batch's too; the same on all
+                workers. None leaves the generators as they are.
 
         Returns:
-            The loss summed over the share, and its (B, classes) logits.
+            The loss summed over the shard, and its (B, classes) logits.
 
         Raises:
-            NotFinite: on all workers, with ``on_nan``; parameters and momentum are as before, with
+            NotFinite: On all workers, with ``on_nan``. Parameters and momentum are as before, with
                 "skip" batch-norm statistics too.
         """
         skips = self.on_nan == "skip"
         before = [buffer.clone() for buffer in float_buffers(self.model)] if skips else []
         self.optimizer.zero_grad()
-        cuts = [order.share(0, len(images), k, self.passes) for k in range(self.passes)]
-        scale = self.comm.size / global_batch
-        start, _ = order.share(0, global_batch, self.comm.rank, self.comm.size)
+        count = self.accumulation_steps
+        cuts = [shard(0, len(images), k, count) for k in range(count)]
+        scale = self.comm.world_size / global_batch
+        start, _ = shard(0, global_batch, self.comm.rank, self.comm.world_size)
         results = []
         for k, (first, last) in enumerate(cuts):
-            # The last backward averages the gradients over the workers: all-reduce, overlapped
+            # The last backward averages the gradients over the workers by all-reduces that overlap
             # with it. Those before it communicate nothing.
-            waiting = k < len(cuts) - 1
-            exchange = self.comm.accumulating(self.model) if waiting else nullcontext()
+            accumulates = k < count - 1
+            context = self.comm.no_sync(self.model) if accumulates else nullcontext()
             if seed is not None:
                 seed_generators(seed, images.device)
-            with exchange, rows_of_batch(start + first, global_batch):
+            with context, rows_of_batch(start + first, global_batch):
                 results.append(self._backward(images[first:last], labels[first:last], scale))
         losses, outputs = zip(*results, strict=True)
         loss = torch.stack(losses).sum()
-        if not self.comm.update(self.optimizer, self._may_update):
+        if not self.comm.optimizer_step(self.optimizer, self._gradients_are_finite):
             for buffer, value in zip(float_buffers(self.model), before, strict=skips):
                 buffer.copy_(value)
-            broken = self.comm.max_(0 if math.isfinite(loss) else self.comm.rank + 1)
+            broken = self.comm.all_reduce_max(0 if math.isfinite(loss) else self.comm.rank + 1)
             raise NotFinite(broken - 1 if broken else None)
         return loss, torch.cat(outputs)
 
-    def rehearse(self, images: Tensor, labels: Tensor, global_batch: int) -> None:
-        """Forward and backward with all-reduce on a share of a batch, without any effect."""
+    def dry_run(self, images: Tensor, labels: Tensor, global_batch: int) -> None:
+        """Run forward and backward with all-reduce on a shard, without any effect."""
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         devices = [images.device] if images.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
             self.model.train()
-            self._backward(images, labels, self.comm.size / global_batch)
-        self.comm.update(self.optimizer, lambda: False)  # the all-reduce is over
+            self._backward(images, labels, self.comm.world_size / global_batch)
+        self.comm.optimizer_step(self.optimizer, lambda: False)  # Waits for the all-reduce.
         self.optimizer.zero_grad()
         for buffer, value in buffers:
             buffer.copy_(value)
 
-    def _may_update(self) -> bool:
-        """Whether all gradients are finite; where nobody looks, they are taken for it.
+    def _gradients_are_finite(self) -> bool:
+        """Return whether all gradients are finite; where nobody checks, they are taken for it.
 
         Their norm is not finite if one of them is not, or is beyond 1e19, which no training
         survives either. It takes a sixth of the time of the largest of them.
@@ -122,9 +119,6 @@ class Step:
         return math.isfinite(torch.nn.utils.get_total_norm(gradients))
 
     def _backward(self, images: Tensor, labels: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        with autocast(images.device, self.amp):
-            output = self.model(images)
-        output = at_least_float32(output)
-        loss = functional.cross_entropy(output, labels, reduction="sum")
+        loss, output = forward_loss(self.model, images, labels, self.amp)
         (loss * scale).backward()
         return loss.detach(), output.detach()

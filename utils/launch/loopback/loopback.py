@@ -1,8 +1,8 @@
-"""A rendezvous for torch.distributed.launch that nobody reaches from another machine.
+"""A rendezvous for torch.distributed.launch that other machines cannot reach.
 
-torch's own store listens on all addresses of a machine, and whoever reaches it can take part in
-the job. This one listens on 127.0.0.1; launcher.sh chooses it by --rdzv-backend=loopback, and
-torch finds it by loopback.egg-info beside this file.
+The store of torch listens on all addresses of a machine, and any process that reaches it can take
+part in the job. This one listens on 127.0.0.1. The launcher selects it with
+--rdzv-backend=loopback, and torch finds it through loopback.egg-info beside this file.
 """
 
 import socket
@@ -18,59 +18,66 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 HOST = "127.0.0.1"
-PATIENCE = timedelta(minutes=15)  # as torch's own
+TIMEOUT = timedelta(minutes=15)  # The default of torch's own store.
 
 
 class Loopback(RendezvousHandler):
-    """The rendezvous of an agent that has no others to meet.
+    """The rendezvous of the only agent of a job."""
 
-    Args:
-        port: to listen on; 0 for a free one.
-        run_id: of the job.
-    """
-
-    use_agent_store = True  # the workers meet there too
+    use_agent_store = True  # The workers use the same store.
 
     def __init__(self, port: int, run_id: str) -> None:
+        """Create a rendezvous.
+
+        Args:
+            port: The port to listen on; 0 for a free one.
+            run_id: The id of the job.
+        """
         self.port, self.run_id = port, run_id
-        self.store: PrefixStore | None = None
 
     def get_backend(self) -> str:
+        """Return the name of this kind of rendezvous."""
         return "loopback"
 
     def next_rendezvous(self) -> RendezvousInfo:
-        # A new store for every round: the next workers must not meet what failed ones have left.
+        """Open a store and return it with the rank of this agent, which is 0 of 1."""
+        # Every round has a new store, so that new workers do not find the keys of failed ones.
         listener = socket.create_server((HOST, self.port), backlog=2048)
-        self.port, port = 0, listener.getsockname()[1]  # the agent keeps the first one open
+        # The agent keeps the first store open, so later ones take a free port.
+        self.port, port = 0, listener.getsockname()[1]
         store = TCPStore(
             HOST,
             port,
             is_master=True,
             multi_tenant=True,
-            timeout=PATIENCE,
+            timeout=TIMEOUT,
             master_listen_fd=listener.detach(),
         )
-        self.store = PrefixStore(self.run_id, store)
-        return RendezvousInfo(self.store, 0, 1, RendezvousStoreInfo(HOST, port))
+        bootstrap = RendezvousStoreInfo(HOST, port)
+        return RendezvousInfo(PrefixStore(self.run_id, store), 0, 1, bootstrap)
 
     def is_closed(self) -> bool:
+        """Return False: this rendezvous is never closed."""
         return False
 
     def set_closed(self) -> None:
-        return
+        """Do nothing: no other agent would learn of it."""
 
     def num_nodes_waiting(self) -> int:
+        """Return 0: no other agent can join."""
         return 0
 
     def get_run_id(self) -> str:
+        """Return the id of the job."""
         return self.run_id
 
     def shutdown(self) -> bool:
+        """Return True: there is nothing to shut down."""
         return True
 
 
 def handler() -> Callable[[RendezvousParameters], RendezvousHandler]:
-    """What torch's registry asks a plug-in for: the function that makes a handler."""
+    """Return the function that creates handlers, as torch's registry expects of a plug-in."""
 
     def make(parameters: RendezvousParameters) -> RendezvousHandler:
         return Loopback(int(parameters.endpoint.rpartition(":")[2]), parameters.run_id)

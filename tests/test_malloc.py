@@ -1,4 +1,4 @@
-"""Freed memory is kept for the next step: fewer page faults, the same training."""
+"""Freed memory is retained for the next step: fewer page faults, the same training."""
 
 import os
 import resource
@@ -6,7 +6,7 @@ import resource
 import pytest
 from conftest import environment
 
-from utils.runtime import malloc as allocator
+from utils.runtime import malloc
 
 FLAGS = [
     "-a", "resnet", "--depth", "8", "-d", "synthetic10", "--train-size", "640", "--epochs", "1",
@@ -35,14 +35,14 @@ def test_a_run_has_fewer_page_faults_and_the_same_numbers(run_script, tmp_path):
 )
 def test_the_users_choice_stands(name, value, monkeypatch):
     monkeypatch.setenv(name, value)
-    assert not allocator.keep_freed_memory()
+    assert not malloc.retain_freed_memory()
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: object())
-    assert not allocator.keep_freed_memory()
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: object())
+    assert not malloc.retain_freed_memory()
 
 
 @pytest.mark.skipif(os.uname().sysname != "Linux", reason="glibc is Linux's C library")
 def test_glibc_takes_the_settings():
-    assert allocator.keep_freed_memory()
+    assert malloc.retain_freed_memory()

@@ -1,0 +1,139 @@
+"""What a run says of itself at its start and at its end."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from utils import log
+from utils.checkpoint.format import BEST, parse, read
+from utils.checkpoint.restore import load_model
+from utils.checkpoint.resume import LoadedCheckpoint
+from utils.checkpoint.train_state import TrainState
+from utils.config.schema import DataConfig, HardwareConfig, ModelConfig, TrainConfig
+from utils.config.validation import warnings
+from utils.data.datasets import Dataset
+from utils.data.image_set import Splits
+from utils.distributed.comm import Comm
+from utils.training.evaluation import Evaluator
+from utils.training.plan import EpochPlan
+
+# The options whose change makes another training.
+_OPTIONS_THAT_MATTER = (
+    "dataset", "train_size", "val_split", "stats", "pad_mode", "epochs", "train_batch",
+    "batch_per_worker", "lr", "lr_scaling", "schedule", "gamma", "warmup_steps", "warmup",
+    "momentum", "nesterov", "weight_decay", "sync_bn", "seed", "compression", "amp", "dtype",
+    "drop",
+)  # fmt: skip
+
+
+def log_start(
+    architecture: ModelConfig,
+    data: DataConfig,
+    train: TrainConfig,
+    hardware: HardwareConfig,
+    *,
+    model: nn.Module,
+    dataset: Dataset,
+    plan: EpochPlan,
+    memory_format: str,
+    folder: Path,
+    comm: Comm,
+) -> None:
+    """Print the run summary, the block of lines that comes first, and what is odd about flags."""
+    given = " ".join(f"{k}={v}" for k, v in architecture.arguments().items())
+    parameters = sum(p.numel() for p in model.parameters())
+    low, high = plan.global_batch // comm.world_size, -(-plan.global_batch // comm.world_size)
+    shards = f"{low}" if low == high else f"{low} or {high}"
+    lines = [
+        f"model      {architecture.arch} {given}".rstrip() + f", {parameters:,} parameters",
+        f"data       {data.dataset}: {plan.images:,} to train, "
+        f"{len(dataset.test_labels):,} to test, {len(dataset.classes)} classes"
+        + (f", {data.val_split:,} to validate" if data.val_split else ""),
+        f"workers    {comm.world_size} ({comm.name}), each with {torch.get_num_threads()} CPU "
+        "threads",
+        f"device     {_device_name(comm.device)}, {hardware.dtype}, amp {hardware.amp}, "
+        f"{memory_format}",
+        f"batch      {plan.global_batch} images per step over all workers, {shards} per worker",
+        f"rate       {plan.schedule.base:g} (--lr {train.lr:g}, scaling {train.lr_scaling}), "
+        f"times {train.gamma:g} at {' '.join(map(str, train.schedule))}",
+        f"seed       {train.seed}",
+        f"folder     {folder}",
+    ]
+    if plan.dropped:
+        lines.append(
+            f"note       the last {plan.dropped} image(s) of an epoch are fewer than the workers: "
+            "dropped"
+        )
+    if comm.device.type == "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES"):
+        lines.append(
+            "warning    CUDA_VISIBLE_DEVICES names GPUs, none is usable: training on the CPU"
+        )
+    for line in lines:
+        log.info(line)
+    for line in warnings(train):
+        log.warning(line)
+
+
+def _device_name(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return f"{device} {name}".rstrip()
+
+
+def log_origin(
+    loaded: LoadedCheckpoint | None,
+    state: TrainState,
+    options: Mapping[str, Any],
+    world_size: int,
+) -> None:
+    """Print from what training starts, and what has changed since the checkpoint."""
+    if loaded is None:
+        log.info("starting from scratch")
+        return
+    text = f"continuing {loaded.path} after epoch {state.epoch}"
+    if state.step:
+        text += f", step {state.step}"
+    if not loaded.state.get("optimizer"):
+        text += " (it has no optimizer state: momentum starts at zero)"
+    log.info(text)
+    before = loaded.state.get("workers", world_size)
+    if before != world_size:
+        log.note(
+            f"{before} worker(s) have trained so far, now {world_size}: the global batch and "
+            "the order of the images stay"
+            + ("" if options["sync_bn"] else "; batch norm, where there is any, sees other shares")
+        )
+    changed = [
+        f"--{name.replace('_', '-')} {old} -> {options[name]}"
+        for name, old in loaded.state.get("options", {}).items()
+        if name in _OPTIONS_THAT_MATTER and options.get(name) != old
+    ]
+    if changed:
+        log.note(f"changed since the checkpoint: {', '.join(changed)}")
+
+
+def log_end(state: TrainState, evaluator: Evaluator, splits: Splits, folder: Path) -> None:
+    """Print last and best accuracy, each by its name; every rank must call this.
+
+    With --val-split the two epochs were chosen on held-out images. The test set is used here for
+    the first time.
+    """
+    if splits.validation is splits.test:
+        log.info(f"\nLast acc: {state.acc:.2f} (epoch {state.epoch}, test set)")
+        log.info(
+            f"Best acc: {state.best_acc:.2f} (epoch {state.best_epoch}, chosen on the test set)"
+        )
+        return
+    last = evaluator(splits.test)
+    path = folder / BEST
+    content = evaluator.comm.broadcast_bytes(lambda: read(path))
+    load_model(evaluator.model, parse(content, path, "", False), path, "the network of this run")
+    best = evaluator(splits.test)
+    log.info(f"\nLast acc: {last.top1:.2f} (epoch {state.epoch}, test set)")
+    log.info(
+        f"Best acc: {best.top1:.2f} (epoch {state.best_epoch}, test set; chosen by validation "
+        f"accuracy {state.best_acc:.2f})"
+    )
