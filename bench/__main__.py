@@ -8,14 +8,15 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from bench import allreduce, epoch, loader, scaling, step
 from bench.common import Result, Settings, header, header_lines
+from utils.config.arg_types import ArgumentParser
+from utils.config.args import DATASETS
 from utils.config.recipes import find_recipe
-from utils.data.datasets import DATASETS
 from utils.errors import BAD_INPUT, FAILED, UserError, command
 from utils.files import make_output, write_atomically, write_text
 
@@ -28,16 +29,9 @@ BENCHMARKS = {
 }
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports bad input as a UserError of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, report; returns the exit code."""
+    """Parse, measure and report; return the exit code."""
     try:
         options = parse(argv)
         measure_all(options)
@@ -48,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Return the options of the command line.
 
     Raises:
-        UserError: a flag, a value, a benchmark or a recipe that does not exist.
+        UserError: There is no such flag, value, benchmark or recipe.
     """
-    parser = _Parser(prog="bench", description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = ArgumentParser(prog="bench", description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument(
         "name", nargs="?", default="all", metavar="BENCHMARK", choices=[*BENCHMARKS, "all"],
         help=", ".join(BENCHMARKS) + " or all (default)",
@@ -133,7 +127,7 @@ def write(
     seconds: Mapping[str, float],
 ) -> None:
     """Write bench.json and bench.png."""
-    from matplotlib.figure import Figure  # slow, and through Figure because pyplot wants a display
+    from matplotlib.figure import Figure  # This is slow; and pyplot would want a display.
 
     benchmarks = {
         name: {

@@ -1,4 +1,4 @@
-"""Seconds of one all-reduce by size, with two workers, and latency + size / bandwidth fitted.
+"""The seconds of one all-reduce by size, with two workers, and latency + size / bandwidth fitted.
 
 The module is also its own worker: a launcher starts it with the engine's script and a file.
 """
@@ -17,25 +17,25 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from bench.common import Result, Settings, arm_environment, measure
+from bench.common import Result, Settings, measure, process_environment
 from tools.commands import engine_class, engine_command, has_horovod
-from utils.engine import leave
 from utils.files import write_text
+from utils.runtime.exit_codes import exit_process
 
 WORKERS = 2
-SIZES = tuple(2**power for power in range(12, 27, 2))  # bytes: 4 KiB to 64 MiB
+SIZES = tuple(2**power for power in range(12, 27, 2))  # The bytes: 4 KiB to 64 MiB.
 ROUNDS = 2
 
 
 class Fit(NamedTuple):
-    """seconds = latency + size / bandwidth, in seconds and bytes per second."""
+    """The line seconds = latency + size / bandwidth, in seconds and bytes per second."""
 
     latency: float
     bandwidth: float
 
 
 def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Fit:
-    """Least squares of the relative errors, so that small sizes count as much as large ones."""
+    """Fit by least squares of the relative errors, so that small sizes count as much as large."""
     times = np.asarray(seconds)
     terms = np.stack([np.ones(len(times)), np.asarray(sizes, dtype=float)], axis=1)
     latency, per_byte = np.linalg.lstsq(terms / times[:, None], np.ones(len(times)), rcond=None)[0]
@@ -43,30 +43,32 @@ def fit(sizes: Sequence[float], seconds: Sequence[float]) -> Fit:
 
 
 def repeats(size: int, scale: float = 1.0) -> int:
-    """How often a size is sent: the same on all workers."""
+    """Return how often a size is sent, which is the same on all workers."""
     return max(3, round(scale * min(100, max(8, 2**24 // size))))
 
 
 def run(settings: Settings) -> Result:
     """Measure every engine and transport that the machine has."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    arms = {"gloo": ("dist", "cifar", False)}
+    variants = {"gloo": ("dist", "cifar", False)}
     if gpus >= WORKERS:
-        arms["nccl"] = ("dist", "cifar", True)
+        variants["nccl"] = ("dist", "cifar", True)
     if has_horovod():
-        arms["Horovod"] = ("horovod", "cifar_horovod", False)
+        variants["Horovod"] = ("horovod", "cifar_horovod", False)
     with tempfile.TemporaryDirectory() as folder:
         actions = {
-            name: partial(_group, name, *arm, Path(folder, "times.json"), settings)
-            for name, arm in arms.items()
+            name: partial(_group, name, *variant, Path(folder, "times.json"), settings)
+            for name, variant in variants.items()
         }
         raw = measure(actions, settings.rounds or ROUNDS)
 
-    rows = [("size", *(f"{name}, ms" for name in arms), *(f"{name}, GB/s" for name in arms))]
-    medians: dict[str, list[float]] = {name: [] for name in arms}
+    rows = [
+        ("size", *(f"{name}, ms" for name in variants), *(f"{name}, GB/s" for name in variants))
+    ]
+    medians: dict[str, list[float]] = {name: [] for name in variants}
     for k, size in enumerate(SIZES):
         cells, rates = [], []
-        for name in arms:
+        for name in variants:
             times = [t for one in raw[name] for t in one[k]]
             middle = median(times)
             medians[name].append(middle)
@@ -79,7 +81,7 @@ def run(settings: Settings) -> Result:
         f"{name}: {1e3 * found.latency:.2f} ms + size / {found.bandwidth / 1e9:.2f} GB/s"
         for name, found in fits.items()
     ]
-    if "Horovod" in arms:
+    if "Horovod" in variants:
         notes.append(
             "Horovod agrees on each new tensor first, and wakes up once in a cycle (5 ms on CPUs)"
         )
@@ -105,13 +107,13 @@ def run(settings: Settings) -> Result:
 def _group(
     name: str, engine: str, script: str, on_gpus: bool, path: Path, settings: Settings
 ) -> list[list[float]]:
-    """Seconds of each all-reduce on rank 0, by size."""
+    """Return the seconds of each all-reduce on rank 0, by size."""
     print(f"-- allreduce: {name}", flush=True)
     worker = ["-m", "bench.allreduce", script, str(path), str(settings.scale)]
     hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
         engine_command(engine, WORKERS, *worker),
-        env=arm_environment(1, **hidden),
+        env=process_environment(1, **hidden),
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -119,7 +121,7 @@ def _group(
 
 
 def work(script: str, path: Path, scale: float) -> None:
-    """What a worker does."""
+    """Send each size several times as one worker; rank 0 writes how long it took."""
     comm = engine_class(script).join()
     found = []
     for size in SIZES:
@@ -127,12 +129,12 @@ def work(script: str, path: Path, scale: float) -> None:
         times = []
         for _ in range(2 + repeats(size, scale)):
             started = time.perf_counter()
-            comm.sum_(tensor)
+            comm.all_reduce_sum_(tensor)
             if comm.device.type == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - started)
-        found.append(times[2:])  # the first two pay for memory and connections
-    if comm.is_main:
+        found.append(times[2:])  # The first two pay for memory and connections.
+    if comm.is_main_process:
         write_text(path, json.dumps(found))
     comm.close()
 
@@ -140,4 +142,4 @@ def work(script: str, path: Path, scale: float) -> None:
 if __name__ == "__main__":
     # The launcher may put --local-rank before them.
     work(sys.argv[-3], Path(sys.argv[-2]), float(sys.argv[-1]))
-    leave(0)
+    exit_process(0)

@@ -1,7 +1,7 @@
-"""What the benchmarks share: the order of the arms, ratios, processes, header, table and plot.
+"""What the benchmarks share: the order of the variants, ratios, processes, header, table, plot.
 
-The machine may be noisy, so times mean little and ratios are taken between neighbours: the arms
-take turns (A B B A ...), and round k of one arm is divided by round k of the other.
+The machine may be noisy, so times mean little and ratios are taken between neighbours: the variants
+take turns (A B B A ...), and round k of one variant is divided by round k of the other.
 """
 
 import os
@@ -28,12 +28,13 @@ class Settings:
     """What the command line says.
 
     Attributes:
-        dataset, data: as ``-d`` and ``--data`` of cifar.py.
-        rounds: turns of each arm; None for each benchmark's own number.
-        models: recipes to measure; None for each benchmark's own.
-        threads: of a process that trains alone.
-        loaders: worker processes of the plain script's DataLoader.
-        scale: factor on the number of images and the length of the turns.
+        dataset: The data set, as ``-d`` of cifar.py.
+        data: Its folder, as ``--data`` of cifar.py.
+        rounds: The turns of each variant; None for each benchmark's own number.
+        models: The recipes to measure; None for each benchmark's own.
+        threads: The threads of a process that trains alone.
+        loaders: The worker processes of the plain script's DataLoader.
+        scale: The factor on the number of images and the length of the turns.
     """
 
     dataset: str = "synthetic10"
@@ -45,47 +46,48 @@ class Settings:
     scale: float = 1.0
 
     def images(self, count: int, least: int) -> int:
-        """A number of images, scaled."""
+        """Return a number of images, scaled."""
         return max(least, round(count * self.scale))
 
 
 class Ratio(NamedTuple):
-    """A ratio over the rounds."""
+    """The median and the range of a ratio over the rounds."""
 
     median: float
     least: float
     most: float
 
     def __str__(self) -> str:
+        """Return the ratio as tables show it."""
         return f"{self.median:.2f} ({self.least:.2f} - {self.most:.2f})"
 
     def percent(self) -> str:
-        """The same in per cent."""
+        """Return the same in per cent."""
         return f"{self.median:.0%} ({self.least:.0%} - {self.most:.0%})"
 
 
 def ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio:
-    """Numerators over denominators, pair by pair."""
+    """Return the ratio of numerators to denominators, taken pair by pair."""
     values = [a / b for a, b in zip(numerators, denominators, strict=True)]
     return Ratio(median(values), min(values), max(values))
 
 
-def interleaved(arms: Sequence[T], rounds: int) -> Iterator[T]:
-    """Every arm once a round, every other round in reverse: A B B A A B ..."""
+def interleaved(variants: Sequence[T], rounds: int) -> Iterator[T]:
+    """Yield every variant once a round, in every other round in reverse order: A B B A A B ..."""
     for k in range(rounds):
-        yield from arms if k % 2 == 0 else reversed(arms)
+        yield from variants if k % 2 == 0 else reversed(variants)
 
 
-def measure(arms: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
-    """What each arm returns, round by round."""
-    results: dict[str, list[T]] = {name: [] for name in arms}
-    for name in interleaved(list(arms), rounds):
-        results[name].append(arms[name]())
+def measure(variants: Mapping[str, Callable[[], T]], rounds: int) -> dict[str, list[T]]:
+    """Let the variants take turns; return what each returns, round by round."""
+    results: dict[str, list[T]] = {name: [] for name in variants}
+    for name in interleaved(list(variants), rounds):
+        results[name].append(variants[name]())
     return results
 
 
 def timed(action: Callable[[], Any], device: torch.device) -> float:
-    """The seconds that an action takes, the device's work included."""
+    """Return the seconds that an action takes, the device's work included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter()
@@ -95,8 +97,8 @@ def timed(action: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def arm_environment(threads: int, **changes: str) -> dict[str, str]:
-    """The environment of an arm that is a process: its threads, and the project on its path."""
+def process_environment(threads: int, **changes: str) -> dict[str, str]:
+    """Return the environment of a measured process: its threads, the project on its path."""
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     return clean_environment(
         OMP_NUM_THREADS=str(threads), PYTHONPATH=path, PYTHONUNBUFFERED="1", **changes
@@ -104,7 +106,7 @@ def arm_environment(threads: int, **changes: str) -> dict[str, str]:
 
 
 class EpochTimes(NamedTuple):
-    """Seconds of a training process: until its first epoch, of each epoch, and in all."""
+    """The seconds of a training process: until its first epoch, of each epoch, and in all."""
 
     start: float
     epochs: list[float]
@@ -118,7 +120,7 @@ def time_epochs(command: Sequence[str], environment: Mapping[str, str]) -> Epoch
     evaluation.
 
     Raises:
-        subprocess.CalledProcessError: it has failed, and has said why.
+        subprocess.CalledProcessError: The script has failed, and has said why.
     """
     started = time.perf_counter()
     begins, ends = [], []
@@ -143,11 +145,11 @@ class Result:
     """What a benchmark has found.
 
     Attributes:
-        title: of table and plot.
-        rows: the table, its head first.
-        notes: sentences below the table.
-        raw: all numbers, for JSON.
-        draw: draws them on given axes.
+        title: The title of the table.
+        rows: The rows of the table, its head first.
+        notes: The sentences below the table.
+        raw: All numbers, for JSON.
+        draw: Draws them on given axes.
     """
 
     title: str
@@ -157,7 +159,7 @@ class Result:
     draw: Callable[[Any], None]
 
     def text(self) -> str:
-        """The table with title and notes."""
+        """Return the table with title and notes."""
         widths = [max(map(len, column)) for column in zip(*self.rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in self.rows]
         return "\n".join([self.title, *lines, *self.notes])
@@ -166,7 +168,7 @@ class Result:
 def draw_ratios(
     axes: Any, ratios: Mapping[str, Ratio], targets: Mapping[str, float], label: str
 ) -> None:
-    """Medians as bars with their range, and targets as black marks."""
+    """Draw medians as bars with their range, and targets as black marks."""
     names = list(ratios)[::-1]
     middles = [ratios[name].median for name in names]
     ranges = [
@@ -181,7 +183,7 @@ def draw_ratios(
 
 
 def header() -> dict[str, Any]:
-    """The machine and the versions that the numbers belong to."""
+    """Return the machine and the versions that the numbers belong to."""
     found = re.search(r"MKL-DNN v([\d.]+)", torch.__config__.show())
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -196,7 +198,7 @@ def header() -> dict[str, Any]:
 
 
 def header_lines(about: Mapping[str, Any], threads: int, scale: float = 1.0) -> list[str]:
-    """The header as text."""
+    """Return the header as lines of text."""
     devices = [f"{about['processor']}, {about['cores']} cores, {threads} threads", *about["gpus"]]
     limit = f", at most {about['isa_limit']}" if about["isa_limit"] else ""
     lines = [

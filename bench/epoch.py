@@ -14,23 +14,23 @@ from bench.common import (
     Ratio,
     Result,
     Settings,
-    arm_environment,
     draw_ratios,
     measure,
+    process_environment,
     ratio,
     time_epochs,
     timed,
 )
-from bench.step import bare_loop
+from bench.step import Bare, short_epochs
 from tools.commands import engine_command
 from utils.config.recipes import Recipe, find_recipe
-from utils.distributed.comm import pick_device
+from utils.distributed.comm import Comm
 from utils.files import ROOT
 
 BATCH, TEST_BATCH = 128, 100
 EPOCHS = 2
 ROUNDS = 2
-FLOOR = 1.0  # seconds that the floor trains for, about
+FLOOR = 1.0  # The seconds that the floor trains for, about.
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,10 @@ class Case:
     """A row of the table.
 
     Attributes:
-        model: a recipe.
-        train, test: images of the training and of the test set.
-        workers: processes that train; each has its share of the threads.
+        model: The recipe.
+        train: The images of the training set.
+        test: The images of the test set.
+        workers: The processes that train; each has its part of the threads.
     """
 
     model: str
@@ -49,7 +50,7 @@ class Case:
     workers: int = 1
 
     def label(self) -> str:
-        """For tables."""
+        """Return the case's name in tables."""
         return f"{self.model}, {self.workers} worker{'s' if self.workers > 1 else ''}"
 
 
@@ -62,7 +63,7 @@ CASES = (
 
 
 def run(settings: Settings) -> Result:
-    """Measure every case; each arm is a fresh process, or a fresh group of workers."""
+    """Measure every case; each variant is a fresh process, or a fresh group of workers."""
     cases: tuple[Case, ...] = CASES
     if settings.models:
         sizes = {case.model: case for case in reversed(CASES)}
@@ -79,14 +80,14 @@ def run(settings: Settings) -> Result:
     ratios: dict[str, Ratio] = {}
     for case, numbers in zip(cases, raw, strict=True):
         images = f"{numbers['train']:,} + {numbers['test']:,}"
-        for arm in ("ours", "plain"):
-            runs = numbers[arm]
-            share = "-"
+        for variant in ("ours", "plain"):
+            runs = numbers[variant]
+            of_floor = "-"
             if numbers["floor"]:
-                share = ratio(numbers["floor"], [r["later"] for r in runs]).percent()
+                of_floor = ratio(numbers["floor"], [r["later"] for r in runs]).percent()
             columns = {key: [r[key] for r in runs] for key in ("start", "first", "later", "whole")}
             start, first, later, whole = (f"{median(v):.2f}" for v in columns.values())
-            rows.append((case.label(), images, arm, start, first, later, share, whole))
+            rows.append((case.label(), images, variant, start, first, later, of_floor, whole))
         pairs = {
             key: ratio([r[key] for r in numbers["plain"]], [r[key] for r in numbers["ours"]])
             for key in ("start", "first", "later", "whole")
@@ -108,7 +109,7 @@ def run(settings: Settings) -> Result:
 
 
 def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
-    """Times of every run of both scripts, and seconds of the floor in every round."""
+    """Return the times of every run of both scripts, and the floor's seconds in every round."""
     recipe = find_recipe(case.model)
     train = settings.images(case.train, BATCH)
     test = settings.images(case.test, TEST_BATCH)
@@ -121,29 +122,29 @@ def measure_case(case: Case, settings: Settings) -> dict[str, Any]:
         ours = [str(ROOT / "cifar.py"), *flags, "-c", str(Path(folder, "ours")), "--overwrite"]
         plain = ["-m", "bench.plain", *flags, "-c", str(Path(folder, "plain"))]
         plain += ["-j", str(settings.loaders)]
-        arms: dict[str, Any] = {
+        variants: dict[str, Any] = {
             "ours": partial(_process, case, "ours", ours, settings),
             "plain": partial(_process, case, "plain", plain, settings),
         }
         if case.workers == 1:
-            arms["floor"] = partial(_floor, recipe, train, test, settings)
-        results = measure(arms, settings.rounds or ROUNDS)
+            variants["floor"] = partial(_floor, recipe, train, test, settings)
+        results = measure(variants, settings.rounds or ROUNDS)
     return {
         **asdict(case), "train": train, "test": test,
         "ours": results["ours"], "plain": results["plain"], "floor": results.get("floor", []),
     }  # fmt: skip
 
 
-def _process(case: Case, arm: str, script: list[str], settings: Settings) -> dict[str, Any]:
-    print(f"-- epoch: {case.label()}, {arm}", flush=True)
+def _process(case: Case, variant: str, script: list[str], settings: Settings) -> dict[str, Any]:
+    print(f"-- epoch: {case.label()}, {variant}", flush=True)
     engine = "serial" if case.workers == 1 else "dist"
     command = engine_command(engine, case.workers, *script)
-    environment = arm_environment(max(1, settings.threads // case.workers))
+    environment = process_environment(max(1, settings.threads // case.workers))
     return summary(time_epochs(command, environment))
 
 
 def summary(times: EpochTimes) -> dict[str, Any]:
-    """First and later epochs apart."""
+    """Return the times with first and later epochs apart."""
     first, *later = times.epochs
     return {
         "start": times.start, "first": first, "later": median(later or [first]),
@@ -152,12 +153,13 @@ def summary(times: EpochTimes) -> dict[str, Any]:
 
 
 def _floor(recipe: Recipe, train: int, test: int, settings: Settings) -> float:
-    """Seconds for an epoch of the given sizes by bare loops."""
-    device = pick_device(0, 1)
+    """Return the seconds of an epoch of the given sizes by bare loops."""
+    comm = Comm()
+    device = comm.device
     before = torch.get_num_threads()
     torch.set_num_threads(settings.threads)
     try:
-        bare = bare_loop(recipe, BATCH, device)
+        bare = Bare(short_epochs(recipe, BATCH, comm))
         bare.train(1)
         once = timed(partial(bare.train, 1), device)
         steps = max(1, round(FLOOR * settings.scale / once))

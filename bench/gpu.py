@@ -1,8 +1,8 @@
 """The command behind bench/gpu.sh: seconds an epoch on one GPU, against targets and a plain script.
 
-All arms run in one worker process (bench/gpu_worker.py), which is ended and started anew where an
-arm fails or takes too long. After each arm gpu.json is written; the table comes last, also when
-the command is told to end.
+All variants run in one worker process (bench/gpu_worker.py), which is ended and started anew where
+a variant fails or takes too long. After each variant gpu.json is written; the table comes last,
+also when the command is told to end.
 """
 
 import argparse
@@ -19,52 +19,52 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 
-from bench.common import Result, arm_environment, header, header_lines, ratio, timed
+from bench.common import Result, header, header_lines, process_environment, ratio, timed
 from bench.gpu_worker import TEST, TRAIN
+from utils.config.arg_types import ArgumentParser
 from utils.config.recipes import find_recipe
 from utils.errors import UserError, command
 from utils.files import make_output, write_text
 
 GIB = 2**30
-BUDGET = 510  # seconds in all
-ARM_BUDGET = 90  # seconds of one arm
-START_BUDGET = 120  # seconds until the worker has its images
-LEAST = 5  # seconds below which no arm is begun
-KERNELS = 25  # rows of a profile
+# Seconds: in all, for one variant, and until the worker has its images.
+BUDGET, VARIANT_BUDGET, START_BUDGET = 510, 90, 120
+LEAST = 5  # The seconds below which no variant is begun.
+KERNELS = 25  # The rows of a profile.
 
 
 class Model(NamedTuple):
     """A row of the plan.
 
     Attributes:
-        floor: seconds of an epoch that bf16 cannot go below on an H200, from FLOPs, bytes and
+        floor: The seconds of an epoch that bf16 cannot go below on an H200, from FLOPs, bytes and
             launches; None where nobody has counted.
-        target: seconds of an epoch in bf16.
-        gain: the plain script's time over ours in fp32 that is aimed at; None compares nothing.
-        share: of the images in that comparison.
+        target: The seconds of an epoch in bf16 that are aimed at.
+        gain: The plain script's time over ours in fp32 that is aimed at; None compares nothing.
+        fraction: The part of the images that is enough for this comparison.
     """
 
     floor: float | None = None
     target: float | None = None
     gain: float | None = None
-    share: float = 1.0
+    fraction: float = 1.0
 
 
 MODELS = {
     "alexnet": Model(0.03, 0.1, gain=10),
     "vgg19_bn": Model(0.15, 0.3, gain=10),
-    "resnet110": Model(0.9, 1.3, gain=3, share=0.25),
+    "resnet110": Model(0.9, 1.3, gain=3, fraction=0.25),
     "wrn28_10": Model(2.0, 5),
     "resnext29_8x64d": Model(2.8, 6),
     "densenet_bc_100_12": Model(1.2, 2),
     "resnet1202": Model(9.3, 13),
 }
 # The first of a precision pays for the choice of algorithms, as a run of its own would.
-ARMS = ("bf16 graph", "fp32 graph", "bf16", "fp32")
+VARIANTS = ("bf16 graph", "fp32 graph", "bf16", "fp32")
 
 HEAD = ("model", "arm", "s an epoch", "target", "first epoch", "first steps", "capture", "images/s",
         "% of floor", "peak GiB", "plain / ours", "target")  # fmt: skip
@@ -78,20 +78,13 @@ NOTES = [
 ]
 
 
-class _Parser(argparse.ArgumentParser):
-    """Reports bad input as a UserError of one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message.removeprefix("argument "))
-
-
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line.
+    """Return the options of the command line.
 
     Raises:
-        UserError: a flag, a value or a recipe that does not exist, or no GPU.
+        UserError: There is no such flag, value or recipe, or no GPU.
     """
-    parser = _Parser(prog="bench/gpu.sh", allow_abbrev=False, add_help=False)
+    parser = ArgumentParser(prog="bench/gpu.sh", allow_abbrev=False, add_help=False)
     parser.add_argument("-o", "--output", type=Path, default=Path("bench-results"))
     parser.add_argument("--only", type=lambda text: text.split(","))
     parser.add_argument("--budget", type=float, default=BUDGET)
@@ -115,40 +108,42 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class Job(NamedTuple):
-    """An arm of a model."""
+    """A variant of a model, to be measured."""
 
     model: str
-    arm: str
+    variant: str
 
     def __str__(self) -> str:
-        return f"{self.model}:{self.arm}:{MODELS.get(self.model, Model()).share}"
+        """Return the job as the worker process takes it."""
+        return f"{self.model}:{self.variant}:{MODELS.get(self.model, Model()).fraction}"
+
+    def failed(self, error: str) -> dict[str, Any]:
+        """Return the record of a job that has not been measured."""
+        return {"model": self.model, "arm": self.variant, "error": error}
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
-    """What is to be measured, in this order."""
+    """Return what is to be measured, in this order."""
     jobs, last = [], []
     for name in options.models:
-        arms = [*ARMS, *(["bf16 graph compiled"] if options.compile else [])]
+        variants = [*VARIANTS, *(["bf16 graph compiled"] if options.compile else [])]
         if MODELS.get(name, Model()).gain:
-            arms.append("plain")
+            variants.append("plain")
             last.append(Job(name, "script bf16"))
-        jobs += [Job(name, arm) for arm in arms]
+        jobs += [Job(name, variant) for variant in variants]
     jobs += last
     if options.profile:
-        jobs = [Job(options.profile, f"profile {arm}") for arm in ARMS]
-    if options.device == "cpu":  # which computes bf16 slowly, if at all
-        jobs = [Job(name, arm.replace("bf16", "fp32")) for name, arm in jobs]
+        jobs = [Job(options.profile, f"profile {variant}") for variant in VARIANTS]
+    if options.device == "cpu":  # It computes bf16 slowly, if at all.
+        jobs = [Job(name, variant.replace("bf16", "fp32")) for name, variant in jobs]
     return list(dict.fromkeys(jobs))
 
 
 class Worker:
-    """The process that measures; give its output lines one by one.
-
-    Raises (``line``):
-        queue.Empty: none has come in time.
-    """
+    """The process that measures; it gives its output line by line."""
 
     def __init__(self, jobs: Sequence[Job], options: argparse.Namespace) -> None:
+        """Start the process."""
         hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
         command = [sys.executable, "-m", "bench.gpu_worker", *map(str, jobs)]
         command += ["--loaders", *options.loaders, "--scale", str(options.scale)]
@@ -156,7 +151,7 @@ class Worker:
             command,
             # Taken down after a profile, CUPTI may not start again beside graphs. torch's profiler
             # sees to that for the graphs that torch.compile makes, not for ours.
-            env=arm_environment(torch.get_num_threads(), TEARDOWN_CUPTI="0", **hidden),
+            env=process_environment(torch.get_num_threads(), TEARDOWN_CUPTI="0", **hidden),
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
@@ -171,18 +166,22 @@ class Worker:
         self.lines.put(None)
 
     def line(self, seconds: float) -> str | None:
-        """The next line; None at the end."""
+        """Return the next line; None at the end.
+
+        Raises:
+            queue.Empty: None has come in so many seconds.
+        """
         return self.lines.get(timeout=max(0.0, seconds))
 
     def end(self) -> None:
         """End the process and those that it has started."""
-        with contextlib.suppress(ProcessLookupError):  # it has ended
+        with contextlib.suppress(ProcessLookupError):  # It has ended.
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 
 
 def measure_all(jobs: Sequence[Job], options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """A record for every job, in order; one with an "error" where it has not been measured."""
+    """Yield a record of every job, in order; one with an "error" where it was not measured."""
     ends = time.monotonic() + options.budget
     left = list(jobs)
     while left and ends - time.monotonic() > LEAST:
@@ -192,11 +191,11 @@ def measure_all(jobs: Sequence[Job], options: argparse.Namespace) -> Iterator[di
         finally:
             worker.end()
     for job in left:
-        yield {**job._asdict(), "error": "did not fit into the time"}
+        yield job.failed("did not fit into the time")
 
 
 def _records(worker: Worker, left: list[Job], ends: float) -> Iterator[dict[str, Any]]:
-    """The records of one worker; takes their jobs off the list, a failed one included."""
+    """Yield the records of one worker; take their jobs off the list, a failed one included."""
     limit = START_BUDGET
     while left:
         rest = ends - time.monotonic()
@@ -204,25 +203,25 @@ def _records(worker: Worker, left: list[Job], ends: float) -> Iterator[dict[str,
             line = worker.line(min(rest, limit))
         except queue.Empty:
             if rest > limit:
-                yield {**left.pop(0)._asdict(), "error": f"took more than {limit} s"}
+                yield left.pop(0).failed(f"took more than {limit} s")
             return
         if line is None:
-            lost = left[:1] if limit == ARM_BUDGET else left  # all where it did not even start
+            lost = left[:1] if limit == VARIANT_BUDGET else left  # All where it did not even start.
             for job in list(lost):
                 left.remove(job)
-                yield {**job._asdict(), "error": "the process has failed"}
+                yield job.failed("the process has failed")
             return
         record = json.loads(line)
-        limit = ARM_BUDGET
+        limit = VARIANT_BUDGET
         if "model" in record:
             left.pop(0)
             yield record
             if "error" in record or record.get("warnings"):
-                return  # the worker has ended
+                return  # The worker has ended.
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """What the device can do: bytes/s of a copy, read and written, and FLOP/s of a bf16 product."""
+    """Return the bytes/s of a copy, read and written, and the FLOP/s of a bf16 product."""
     large = device.type == "cuda"
     bytes_ = torch.empty(4 * GIB if large else 2**20, dtype=torch.uint8, device=device)
     target = torch.empty_like(bytes_)
@@ -240,7 +239,7 @@ def ceilings(device: torch.device) -> dict[str, float]:
 
 
 def gpu_lines(about: dict[str, Any]) -> list[str]:
-    """What the header says of the GPU."""
+    """Return what the header says of the GPU."""
     found = about["ceilings"]
     return [
         f"driver {about['driver']}, CUDA {about['versions']['cuda'] or 'none'}, cuDNN "
@@ -252,12 +251,12 @@ def gpu_lines(about: dict[str, Any]) -> list[str]:
 
 
 def describe(options: argparse.Namespace) -> dict[str, Any]:
-    """The machine, the versions and the settings that the numbers belong to."""
+    """Return the machine, the versions and the settings that the numbers belong to."""
     device = torch.device(options.device)
     driver = ""
     if options.device == "cuda":
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # the table matters more
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # The table matters more.
             driver = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout
     return {
         **header(),
@@ -272,22 +271,22 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def rows_of(record: dict[str, Any], images: Sequence[int]) -> list[tuple[str, ...]]:
-    """The rows of the table for an arm."""
-    name, arm = record["model"], record["arm"]
+    """Return the rows of the table for a variant."""
+    name, variant = record["model"], record["arm"]
     model = MODELS.get(name, Model())
     if "error" in record:
-        return [(name, arm, record["error"], *["-"] * 9)]
-    if arm == "plain":
+        return [(name, variant, record["error"], *["-"] * 9)]
+    if variant == "plain":
         return _plain_rows(record, model, images)
     fewer = record.get("steps", 0) < record.get("of_steps", 0)
-    bf16 = "bf16" in arm
+    bf16 = "bf16" in variant
     peak = record.get("peak_memory")
     speed = record.get("images_per_second", sum(images) / record["epoch"])
     warned = " (no graph: see gpu.json)" if record.get("warnings") else ""
     return [
         (
             name,
-            arm + warned,
+            variant + warned,
             f"{'~' if fewer else ''}{record['epoch']:.3f}",
             f"<= {model.target:g}" if bf16 and model.target else "-",
             f"{record['first']:.1f}",
@@ -308,20 +307,20 @@ def _plain_rows(
     seconds = record["seconds"]
     whole = images[0] / record["images"]
     rows = []
-    for arm, times in seconds.items():
-        if arm != "ours":
+    for variant, times in seconds.items():
+        if variant != "ours":
             epoch = whole * median(times)
             gain = str(ratio(times, seconds["ours"]))
             wanted = f">= {model.gain:g}" if model.gain else "-"
             rows.append(
-                (record["model"], arm, f"{'~' if whole > 1 else ''}{epoch:.3f}", *["-"] * 4,
+                (record["model"], variant, f"{'~' if whole > 1 else ''}{epoch:.3f}", *["-"] * 4,
                  f"{sum(images) / epoch:,.0f}", "-", "-", gain, wanted)
             )  # fmt: skip
     return rows
 
 
 def profile_text(record: dict[str, Any]) -> str:
-    """The kernels of a profile as a table."""
+    """Return the kernels of a profile as a table."""
     if "error" in record:
         return f"{record['model']}, {record['arm']}: {record['error']}"
     total = sum(time for _, _, time in record["kernels"]) or 1.0
@@ -342,7 +341,7 @@ def profile_text(record: dict[str, Any]) -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measure; print each arm as it comes, and the table last."""
+    """Measure; print each variant as it comes, and the table last."""
     make_output(options.output)
     about = describe(options)
     lines = [*header_lines(about, torch.get_num_threads()), *gpu_lines(about)]
@@ -367,8 +366,8 @@ def run(options: argparse.Namespace) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, measure, report; returns the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table is printed first
+    """Parse, measure and report; return the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # The table is printed first.
     run(parse(argv))
     return 0
 

@@ -1,4 +1,4 @@
-"""Images per second of the augmentation alone, on one thread: ours and torchvision's."""
+"""The images per second of the augmentation alone, on one thread: ours and torchvision's."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,15 +9,15 @@ from torch.utils.data import DataLoader
 
 from bench.common import Result, Settings, draw_ratios, measure, ratio, timed
 from bench.plain import Images, train_transform
-from utils.data import sampling as order
+from utils.data import sampling
 from utils.data.datasets import load_dataset
 from utils.data.image_set import ImageSet
-from utils.startup import PAD
+from utils.data.sampling import PAD
 
 IMAGES = 10_240
 ROUNDS = 4
 BATCH = 128
-TARGET = 6.0  # ours over torchvision without worker processes
+TARGET = 6.0  # Our speed over that of torchvision without worker processes.
 CPU = torch.device("cpu")
 
 
@@ -27,9 +27,7 @@ def run(settings: Settings) -> Result:
     The floor is our pass without augmentation: bytes to floats, and normalised.
     """
     count = settings.images(IMAGES, BATCH)
-    data = load_dataset(
-        settings.dataset, settings.data, train_size=count, test_size=1, notify=lambda _: None
-    )
+    data = load_dataset(settings.dataset, settings.data, train_size=count, test_size=1)
     sets = {
         pad: ImageSet(
             data.train_images, data.train_labels, data.mean, data.std, device=CPU, pad=pad
@@ -37,19 +35,19 @@ def run(settings: Settings) -> Result:
         for pad in (PAD, 0)
     }
     plain = Images(data.train_images, data.train_labels, train_transform(data.mean, data.std))
-    arms: dict[str, Callable[[], float]] = {
+    variants: dict[str, Callable[[], float]] = {
         "ours": partial(timed, lambda: _augmented(sets[PAD]), CPU),
         "floor": partial(timed, lambda: _as_they_are(sets[0]), CPU),
     }
     workers = (0, settings.loaders)
     for number in workers:
-        arms[_name(number)] = partial(timed, partial(_through_loader, plain, number), CPU)
+        variants[_name(number)] = partial(timed, partial(_through_loader, plain, number), CPU)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for arm in arms.values():
-            arm()  # the first pass pays for memory
-        seconds = measure(arms, settings.rounds or ROUNDS)
+        for variant in variants.values():
+            variant()  # The first pass pays for memory.
+        seconds = measure(variants, settings.rounds or ROUNDS)
     finally:
         torch.set_num_threads(threads)
 
@@ -80,15 +78,15 @@ def _name(workers: int) -> str:
 
 
 def _augmented(images: ImageSet) -> None:
-    """As utils.engine.train_one_epoch makes its batches."""
-    sequence = torch.from_numpy(order.permutation(len(images), 0, 0))
-    augmentation = torch.from_numpy(order.crops_and_flips(len(images), 0, 0, PAD))
-    for start, stop in order.batches(len(images), BATCH, 1):
-        images.batch(sequence[start:stop], augmentation)
+    """Make the batches of an epoch as TrainLoop.train_epoch does."""
+    order = torch.from_numpy(sampling.permutation(len(images), 0, 0))
+    augmentation = torch.from_numpy(sampling.crops_and_flips(len(images), 0, 0, PAD))
+    for start, stop in sampling.batch_slices(len(images), BATCH, 1):
+        images.batch(order[start:stop], augmentation)
 
 
 def _as_they_are(images: ImageSet) -> None:
-    for start, stop in order.batches(len(images), BATCH, 1):
+    for start, stop in sampling.batch_slices(len(images), BATCH, 1):
         images.batch(torch.arange(start, stop))
 
 

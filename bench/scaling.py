@@ -1,9 +1,9 @@
 """Several workers: throughput, and where the time of a step goes.
 
-Every group of workers is a process each, started as the launcher does. Inside a group the ways of
-training take turns of a fraction of a second, so that a noisy neighbour slows all of them down:
-with all-reduce; without, but waiting for each other after each step; and each worker for itself.
-The module is also its own worker.
+The workers of a group are processes that are started as the launcher starts them. Inside a group
+the ways of training take turns of a fraction of a second, so that a noisy neighbour slows all of
+them down: with all-reduce; without, but waiting for each other after each step; and each worker for
+itself. The module is also its own worker.
 """
 
 import json
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -23,36 +23,50 @@ from bench.common import (
     Ratio,
     Result,
     Settings,
-    arm_environment,
     draw_ratios,
     measure,
+    process_environment,
     ratio,
     timed,
 )
-from bench.step import Loop, network
+from bench.step import DIFFERENT, short_epochs
+from bench.training import Training
 from tools.commands import engine_class, engine_command, has_horovod
 from utils.config.recipes import Recipe, find_recipe
 from utils.distributed.comm import Comm
-from utils.engine import leave
 from utils.files import write_text
-from utils.runtime.memory_format import choose
+from utils.runtime.exit_codes import exit_process
 
-BATCH = 128  # global
+BATCH = 128  # The global batch.
 MODELS = ("alexnet", "resnet20")
-ROUNDS = 2  # of the groups
-TURNS = 10  # of each way in a group
-TURN = 0.4  # seconds, and a step at least
-LONGEST = 15.0  # seconds for all turns of a model in a group; slow steps get fewer turns, but two
-MANY = 50_000  # images of a run that is worth a trial of the memory format
-MOST = 4  # workers
-WITHOUT = {"alexnet": 0.88, "resnet20": 0.95}  # DDP over the same workers without all-reduce
-HOROVOD = {"alexnet": 0.90}  # Horovod over DDP
+ROUNDS = 2  # The turns of each group.
+TURNS = 10  # The turns of each way of training in a group.
+TURN = 0.4  # The seconds of a turn; a step at least.
+# The seconds for all turns of a model in a group; slow steps get fewer turns, but two.
+LONGEST = 15.0
+EPOCHS = 50_000 // (DIFFERENT * BATCH)  # A run of so many is worth a trial of the memory format.
+MOST = 4  # The workers of the largest group.
+# The targets: the speed of DDP over that of the same workers apart, and that of Horovod over DDP's.
+OF_APART = {"alexnet": 0.88, "resnet20": 0.95}
+HOROVOD_OF_DDP = {"alexnet": 0.90}
 
-# How the workers of a group train, as arguments of Loop.
-WAYS: dict[str, dict[str, bool]] = {
-    "all-reduce": {},
-    "waiting": {"exchange": False, "lockstep": True},
-    "apart": {"exchange": False},
+
+class Way(NamedTuple):
+    """How the workers of a group train.
+
+    Attributes:
+        flags: The flags of it.
+        lockstep: Whether the workers wait for each other after each step.
+    """
+
+    flags: tuple[str, ...] = ()
+    lockstep: bool = False
+
+
+WAYS = {
+    "all-reduce": Way(),
+    "waiting": Way(("--no-exchange",), lockstep=True),
+    "apart": Way(("--no-exchange",)),
 }
 
 
@@ -64,7 +78,7 @@ class Group(NamedTuple):
     threads: int = 1
 
     def label(self) -> str:
-        """For tables."""
+        """Return the group's name in tables."""
         parts = ["one process" if self.engine == "serial" else f"{self.engine}, {self.workers}"]
         if self.threads > 1:
             parts.append(f"{self.threads} threads")
@@ -75,10 +89,10 @@ class Turns(NamedTuple):
     """What a group has measured of a model.
 
     Attributes:
-        images: of a turn, over all workers.
-        data: median seconds that a step of the first worker waits for its batch.
-        steps: of a turn.
-        seconds: of the turns of each way.
+        images: The images of a turn, over all workers.
+        data: The median of the seconds that a step of the first worker waits for its batch.
+        steps: The steps of a turn.
+        seconds: The seconds of the turns of each way of training.
     """
 
     images: int
@@ -87,17 +101,20 @@ class Turns(NamedTuple):
     seconds: dict[str, list[float]]
 
     def speed(self) -> float:
-        """Images per second with all-reduce."""
+        """Return the images per second with all-reduce."""
         return self.images / median(self.seconds["all-reduce"])
 
     def kept(self) -> Ratio | None:
-        """The speed with all-reduce over that of workers that train apart."""
+        """Return the speed with all-reduce over that of workers that train apart."""
         if "apart" not in self.seconds:
             return None
         return ratio(self.seconds["apart"], self.seconds["all-reduce"])
 
-    def shares(self) -> list[float]:
-        """Of a step with all-reduce: data, compute, waiting for the others, sending."""
+    def parts(self) -> list[float]:
+        """Return the parts of a step with all-reduce, which add up to 1.
+
+        They are data, compute, waiting for the others, and sending.
+        """
         whole, waiting, apart = (
             median(self.seconds.get(way, self.seconds["all-reduce"])) for way in WAYS
         )
@@ -106,12 +123,12 @@ class Turns(NamedTuple):
         return [part / whole for part in (data, apart - data, waiting - apart, whole - waiting)]
 
 
-# What the groups have found: by model, by group, round by round.
-Found = Mapping[str, Mapping[Group, Sequence[Turns]]]
+# What the groups have measured: by model, by group, round by round.
+Found: TypeAlias = Mapping[str, Mapping[Group, Sequence[Turns]]]
 
 
 def choose_groups(most: int, horovod: bool, gpus: int) -> list[Group]:
-    """One process; on CPUs one that has all their threads; every number of workers."""
+    """Return one process, on CPUs one that has all their threads, and every number of workers."""
     groups = [Group("serial", 1)]
     if most > 1 and not gpus:
         groups.append(Group("serial", 1, threads=most))
@@ -125,7 +142,7 @@ def choose_groups(most: int, horovod: bool, gpus: int) -> list[Group]:
 def run(settings: Settings) -> Result:
     """Measure every model with every group of workers."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    gpus = gpus if gpus > 1 else 0  # one GPU scales to nothing: measure the processor
+    gpus = gpus if gpus > 1 else 0  # One GPU scales to nothing: the processor is measured.
     most = min(gpus or len(os.sched_getaffinity(0)), MOST)
     models = [find_recipe(name).name for name in settings.models or MODELS]
     groups = choose_groups(most, has_horovod(), gpus)
@@ -157,14 +174,14 @@ def run(settings: Settings) -> Result:
 def _group(
     group: Group, models: Sequence[str], on_gpus: bool, path: Path, settings: Settings
 ) -> dict[str, Any]:
-    """The turns of every model, as the first worker has timed them."""
+    """Return the turns of every model, as the first worker has timed them."""
     print(f"-- scaling: {group.label()}", flush=True)
     script = "cifar_horovod" if group.engine == "horovod" else "cifar"
     worker = ["-m", "bench.scaling", script, str(path), str(settings.scale), ",".join(models)]
     hidden = {} if on_gpus else {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run(
         engine_command(group.engine, group.workers, *worker),
-        env=arm_environment(group.threads, **hidden),
+        env=process_environment(group.threads, **hidden),
         check=True,
         stdout=subprocess.DEVNULL,
     )
@@ -172,43 +189,45 @@ def _group(
 
 
 def work(script: str, path: Path, scale: float, models: Iterable[str]) -> None:
-    """What a worker does."""
+    """Measure the models as one worker of a group; rank 0 writes what it has measured."""
     comm = engine_class(script).join()
     found = {name: measure_model(find_recipe(name), comm, scale) for name in models}
-    if comm.is_main:
+    if comm.is_main_process:
         write_text(path, json.dumps(found))
     comm.close()
 
 
 def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
     """Let the ways of training take turns, in the memory format that a long run would have."""
-    ways = WAYS if comm.size > 1 else {"all-reduce": {}}
-    memory_format = choose(recipe.name, network(recipe, comm.device)[0], MANY, "off", comm)
-    loops = {}
-    for way, kinds in ways.items():
-        model, optimizer = network(recipe, comm.device)
-        loops[way] = Loop(comm, model, optimizer, BATCH, memory_format, **kinds)
-    for loop in loops.values():
-        loop.train(2)  # pays for memory and connections; DDP then chooses other buckets
-    once = timed(partial(loops["all-reduce"].train, 1), comm.device)
-    steps = comm.max_(max(1, round(TURN * scale / once)))
-    affordable = int(LONGEST / (len(loops) * steps * once))
-    turns = comm.max_(max(2, min(TURNS, affordable)))
+    ways = WAYS if comm.world_size > 1 else {"all-reduce": Way()}
+    memory_format = "auto"
+    trainings: dict[str, Training] = {}
+    for name, way in ways.items():
+        flags = ("--epochs", str(EPOCHS), "--memory-format", memory_format, *way.flags)
+        trainings[name] = short_epochs(recipe, BATCH, comm, *flags, lockstep=way.lockstep)
+        memory_format = trainings[name].memory_format
+    for training in trainings.values():
+        training.train(2)  # Pays for memory and connections; DDP then chooses other buckets.
+    exchanging = trainings["all-reduce"]
+    once = timed(partial(exchanging.train, 1), comm.device)
+    steps = comm.all_reduce_max(max(1, round(TURN * scale / once)))
+    affordable = int(LONGEST / (len(trainings) * steps * once))
+    turns = comm.all_reduce_max(max(2, min(TURNS, affordable)))
 
-    def turn(loop: Loop) -> float:
+    def turn(training: Training) -> float:
         comm.barrier()
-        return timed(partial(loop.train, steps), comm.device)
+        return timed(partial(training.train, steps), comm.device)
 
-    seconds = measure({way: partial(turn, loop) for way, loop in loops.items()}, turns)
-    for loop in loops.values():
-        loop.close()
-    return Turns(steps * BATCH, median(loops["all-reduce"].times.data), steps, seconds)
+    seconds = measure({name: partial(turn, one) for name, one in trainings.items()}, turns)
+    for training in trainings.values():
+        training.close()
+    return Turns(steps * BATCH, median(exchanging.loop.times.data), steps, seconds)
 
 
 def table(
     found: Found,
 ) -> tuple[list[tuple[str, ...]], dict[str, Ratio], dict[str, float]]:
-    """Rows, and for the plot the speeds over those of workers apart, with their targets."""
+    """Return the rows, and for the plot the speeds over those of workers apart, and targets."""
     rows: list[tuple[str, ...]] = [
         ("model", "group", "images/s", "data", "compute", "waiting", "sending",
          "of apart", "target", "of dist", "target")
@@ -223,13 +242,13 @@ def table(
             against, of_dist = None, None
             if group.engine == "horovod" and dist:
                 against = ratio([t.speed() for t in rounds], [t.speed() for t in dist])
-                of_dist = HOROVOD.get(name)
-            wanted = WITHOUT.get(name) if group.engine == "dist" else None
+                of_dist = HOROVOD_OF_DDP.get(name)
+            wanted = OF_APART.get(name) if group.engine == "dist" else None
             if kept:
                 ratios[label] = kept
                 if wanted:
                     targets[label] = wanted
-            parts = zip(*(turns.shares() for turns in rounds), strict=True)
+            parts = zip(*(turns.parts() for turns in rounds), strict=True)
             rows.append(
                 (
                     name,
@@ -246,7 +265,7 @@ def table(
 
 
 def together(ratios: Iterable[Ratio | None]) -> Ratio | None:
-    """The rounds' ratios as one: median of their medians, the least and the most of all turns."""
+    """Return the rounds' ratios as one: the median of the medians, and the range of all turns."""
     known = [one for one in ratios if one]
     if not known:
         return None
@@ -258,7 +277,7 @@ def together(ratios: Iterable[Ratio | None]) -> Ratio | None:
 
 
 def verdict(name: str, groups: Mapping[Group, Sequence[Turns]]) -> list[str]:
-    """Whether the largest group of DDP workers beats one process that has as many threads."""
+    """Return whether the largest group of DDP workers beats one process with as many threads."""
     most = max(group.workers for group in groups)
     if most == 1:
         return ["one core: nothing to scale"]
@@ -274,4 +293,4 @@ def verdict(name: str, groups: Mapping[Group, Sequence[Turns]]) -> list[str]:
 if __name__ == "__main__":
     # The launcher may put --local-rank before them.
     work(sys.argv[-4], Path(sys.argv[-3]), float(sys.argv[-2]), sys.argv[-1].split(","))
-    leave(0)
+    exit_process(0)
