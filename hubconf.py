@@ -12,19 +12,22 @@ from typing import Any
 from torch import nn
 
 from models import create_model, list_models
-from utils.checkpoint import format as _checkpoint
+from utils.checkpoint.format import describe_model as _describe_model
+from utils.checkpoint.format import load as _load
+from utils.checkpoint.restore import load_model as _load_model
 
 dependencies = ["torch", "numpy"]
 
 
 def _entry(name: str) -> Callable[..., nn.Module]:
+    """Return the function that torch.hub lists and calls under the name of a model."""
+
     def build(num_classes: int = 10, checkpoint: str | None = None, **arguments: Any) -> nn.Module:
         model = create_model(name, num_classes=num_classes, **arguments)
         if checkpoint:
             path = Path(checkpoint)
-            wanted = _checkpoint.describe_model(name, {**arguments, "num_classes": num_classes})
-            state = _checkpoint.load(path, flag="checkpoint")
-            _checkpoint.load_model(model, state, path, wanted)
+            wanted = _describe_model(name, {**arguments, "num_classes": num_classes})
+            _load_model(model, _load(path, flag="checkpoint"), path, wanted)
         return model
 
     build.__name__ = name

@@ -1,4 +1,4 @@
-"""The architectures, one family a file. Adding a model is adding one file here.
+"""The architectures, one family in a file. To add a model, add a file here.
 
 Every module without a leading underscore is imported, and registers its factories.
 """

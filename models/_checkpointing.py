@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), whose activations are computed again in backward instead of being kept.
+    """Return module(x), and compute its activations again in backward instead of keeping them.
 
     Results, gradients, dropout masks and batch-norm statistics are those of module(x).
     """
@@ -17,7 +17,7 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
         module,
         x,
         use_reentrant=False,
-        # For the same masks again; a CUDA graph, which has its own generator, may not meet it.
+        # This gives the same masks again. A CUDA graph, which has its own generator, forbids it.
         preserve_rng_state=any(getattr(m, "drop", 0) for m in module.modules()),
         context_fn=lambda: (nullcontext(), _statistics_kept(module)),
     )
@@ -25,11 +25,14 @@ def checkpointed(module: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Without this the second forward pass would count its batch a second time."""
+    """Inside, a forward pass leaves the statistics of batch norm as they are.
+
+    Otherwise the second forward pass would count its batch a second time.
+    """
     norms = [m for m in module.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.momentum = 0.0  # new statistics get no weight
+        norm.momentum = 0.0  # New statistics get no weight.
         norm.num_batches_tracked = torch.tensor(0)
     try:
         yield

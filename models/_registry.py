@@ -20,12 +20,13 @@ class ModelError(ValueError):
     """An unknown model, or an argument that a model does not take or cannot have.
 
     Attributes:
-        argument: name of the factory's argument, or "arch".
-        value: what was asked for.
-        why: what is wrong with it, and what would be right.
+        argument: The name of the factory's argument, or "arch".
+        value: The value that was asked for.
+        why: What is wrong with it, and what would be right.
     """
 
     def __init__(self, argument: str, value: object, why: str) -> None:
+        """Create an error whose message names all three."""
         super().__init__(f"{argument}={value!r}: {why}")
         self.argument = argument
         self.value = value
@@ -33,15 +34,15 @@ class ModelError(ValueError):
 
 
 def register(name: str, identify: Identify | None = None) -> Callable[[Factory], Factory]:
-    """Decorator: make a factory known under a name.
+    """Return a decorator that makes a factory known under a name.
 
     Args:
-        name: what ``-a`` takes.
-        identify: given the names and shapes of a state dict, the factory's arguments if the
-            network is of this architecture, else None.
+        name: The name that ``-a`` takes.
+        identify: Takes the names and shapes of a state dict and returns the factory's arguments if
+            the network is of this architecture, else None.
 
     Raises:
-        ValueError: the name is taken.
+        ValueError: The name is taken.
     """
 
     def add(factory: Factory) -> Factory:
@@ -59,15 +60,15 @@ def register(name: str, identify: Identify | None = None) -> Callable[[Factory],
 
 
 def list_models() -> list[str]:
-    """All names, sorted."""
+    """Return all names, sorted."""
     return sorted(_factories)
 
 
 def model_arguments(name: str) -> dict[str, Any]:
-    """The arguments of a model besides num_classes, with the model's own defaults.
+    """Return the arguments of a model besides num_classes, with the model's own defaults.
 
     Raises:
-        ModelError: no such model.
+        ModelError: There is no such model.
     """
     if name not in _factories:
         near = difflib.get_close_matches(name.lower(), _factories, n=3) or list_models()
@@ -77,10 +78,16 @@ def model_arguments(name: str) -> dict[str, Any]:
 
 
 def create_model(name: str, num_classes: int = 10, **arguments: Any) -> nn.Module:
-    """A freshly initialised network, (B, 3, 32, 32) to (B, num_classes).
+    """Return a freshly initialised network, (B, 3, 32, 32) to (B, num_classes).
+
+    Args:
+        name: The name of the architecture.
+        num_classes: The number of logits.
+        arguments: The arguments of its factory; the others have the model's own defaults.
 
     Raises:
-        ModelError: unknown model, an argument it does not take, or a value it cannot have.
+        ModelError: There is no such model, or it does not take an argument or cannot have its
+            value.
     """
     known = model_arguments(name)
     for argument, value in arguments.items():
@@ -91,11 +98,11 @@ def create_model(name: str, num_classes: int = 10, **arguments: Any) -> nn.Modul
 
 
 def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
-    """Which network a state dict belongs to, from names and shapes alone.
+    """Return which network a state dict belongs to, by names and shapes alone.
 
     Returns:
-        The name and the arguments, num_classes included, such that ``create_model`` builds it;
-        what shapes cannot tell (dropout) is left out. None for an unknown network.
+        The name and the arguments, num_classes included, with which ``create_model`` builds it.
+        What shapes cannot tell (dropout) is left out. None for an unknown network.
     """
     for name, match in _identifiers.items():
         try:
@@ -103,11 +110,12 @@ def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
             if arguments is not None and _fits(name, arguments, shapes):
                 return name, arguments
         except (KeyError, IndexError, TypeError, ZeroDivisionError, ModelError):
-            continue  # names or shapes that this family does not have
+            continue  # This family does not have such names or shapes.
     return None
 
 
 def _fits(name: str, arguments: dict[str, Any], shapes: Shapes) -> bool:
+    """Return whether a model has exactly these names and shapes, counters of batches apart."""
     with torch.device("meta"):
         own = create_model(name, **arguments).state_dict()
     counters = {key for key in own if key.endswith("num_batches_tracked")}
@@ -116,10 +124,16 @@ def _fits(name: str, arguments: dict[str, Any], shapes: Shapes) -> bool:
 
 
 def check_depth(depth: int, step: int, offset: int, what: str) -> int:
-    """The blocks per stage of a network with ``depth = step * n + offset`` layers.
+    """Return n, the blocks per stage of a network with ``depth = step * n + offset`` layers.
+
+    Args:
+        depth: The number of layers.
+        step: The layers of n = 1 more.
+        offset: The layers outside the blocks.
+        what: The network in words, for the message.
 
     Raises:
-        ModelError: no such n; names the nearest valid depths.
+        ModelError: There is no such n; it names the nearest valid depths.
     """
     blocks, rest = divmod(depth - offset, step)
     if rest == 0 and blocks >= 1:
@@ -139,5 +153,5 @@ def check_drop(drop: float) -> None:
 
 
 def blocks_in(shapes: Shapes, prefix: str) -> int:
-    """How many numbered modules a state dict has under a prefix such as ``layer1.``."""
+    """Return how many numbered modules a state dict has under a prefix such as ``layer1.``."""
     return len({k[len(prefix) :].split(".")[0] for k in shapes if k.startswith(prefix)})

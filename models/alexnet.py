@@ -4,8 +4,8 @@ A. Krizhevsky, I. Sutskever, G. Hinton, "ImageNet Classification with Deep Convo
 Networks", 2012; widths of A. Krizhevsky, "One weird trick", arXiv 1404.5997.
 
 For 32x32 images the first convolution keeps its 11x11 window and stride 4 with padding 5, pools
-are 2x2, and one linear layer takes the place of three. No batch norm, no dropout.
-2,472,266 parameters for 10 classes.
+are 2x2, and one linear layer takes the place of three. There is no batch norm and no dropout.
+Parameters for 10 classes: 2,472,266.
 """
 
 from typing import Any
@@ -19,6 +19,7 @@ class AlexNet(nn.Module):
     """Five convolutions and one linear layer; (B, 3, 32, 32) to (B, num_classes)."""
 
     def __init__(self, num_classes: int) -> None:
+        """Build the layers."""
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, 11, stride=4, padding=5),
@@ -38,13 +39,13 @@ class AlexNet(nn.Module):
         self.classifier = nn.Linear(256, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images."""
+        """Return the logits of a batch of images."""
         x = self.features(x).mean((2, 3))  # (B, 256)
         return self.classifier(x)
 
 
 def identify(shapes: Shapes) -> dict[str, Any] | None:
-    """Arguments of the AlexNet with these tensors."""
+    """Return the arguments of the AlexNet with these tensors, None for another network."""
     if tuple(shapes["features.0.weight"]) != (64, 3, 11, 11):
         return None
     return {"num_classes": shapes["classifier.bias"][0]}
@@ -52,5 +53,5 @@ def identify(shapes: Shapes) -> dict[str, Any] | None:
 
 @register("alexnet", identify)
 def alexnet(num_classes: int = 10) -> nn.Module:
-    """AlexNet; takes no arguments."""
+    """Return AlexNet, which takes no arguments."""
     return AlexNet(num_classes)

@@ -22,9 +22,10 @@ from models._registry import ModelError, Shapes, blocks_in, check_depth, check_d
 
 
 class DenseLayer(nn.Module):
-    """Appends growth_rate channels to its input."""
+    """Bottleneck and 3x3 convolution, which append growth_rate channels to their input."""
 
     def __init__(self, channels: int, growth_rate: int, drop: float) -> None:
+        """Build the layer for so many channels in."""
         super().__init__()
         self.drop = drop
         self.bn1 = nn.BatchNorm2d(channels)
@@ -33,7 +34,7 @@ class DenseLayer(nn.Module):
         self.conv2 = conv3x3(4 * growth_rate, growth_rate)
 
     def forward(self, x: Tensor) -> Tensor:
-        """The input and the new channels behind it."""
+        """Return the input and the new channels behind it."""
         out = self.conv1(functional.relu(self.bn1(x)))
         out = self.conv2(functional.relu(self.bn2(out)))
         out = dropout(out, self.drop, self.training)
@@ -41,15 +42,16 @@ class DenseLayer(nn.Module):
 
 
 class Transition(nn.Module):
-    """Fewer channels, a quarter of the pixels."""
+    """A 1x1 convolution and a pool, between two blocks."""
 
     def __init__(self, channels_in: int, channels_out: int) -> None:
+        """Build the transition from so many channels to so many."""
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
         self.conv1 = conv1x1(channels_in, channels_out)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Compress and average 2x2 pixels."""
+        """Return fewer channels, and the averages of 2x2 pixels."""
         return functional.avg_pool2d(self.conv1(functional.relu(self.bn1(x))), 2)
 
 
@@ -65,6 +67,16 @@ class DenseNet(nn.Module):
         num_classes: int,
         checkpoint_activations: bool,
     ) -> None:
+        """Build the network.
+
+        Args:
+            layers: The layers of each dense block.
+            growth_rate: The channels that a layer adds.
+            compression_rate: The number that transitions divide the channels by.
+            drop: The dropout probability.
+            num_classes: The number of logits.
+            checkpoint_activations: Whether backward computes the activations of a layer again.
+        """
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         grown = layers * growth_rate
@@ -82,7 +94,7 @@ class DenseNet(nn.Module):
         initialise(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images. Shapes are for 100 layers and growth 12."""
+        """Return the logits of a batch of images. Shapes are for 100 layers and growth 12."""
         x = self.conv1(x)  # (B, 24, 32, 32)
         x = self.trans1(self._run(self.dense1, x))  # (B, 108, 16, 16)
         x = self.trans2(self._run(self.dense2, x))  # (B, 150, 8, 8)
@@ -104,7 +116,7 @@ def _dense_block(layers: int, channels: int, growth_rate: int, drop: float) -> n
 
 
 def identify(shapes: Shapes) -> dict[str, Any] | None:
-    """Arguments of the DenseNet with these tensors; dropout leaves no trace."""
+    """Return the arguments of the DenseNet with these tensors; dropout leaves no trace."""
     channels_out, channels_in = shapes["trans1.conv1.weight"][:2]
     return {
         "depth": 6 * blocks_in(shapes, "dense1.") + 4,
@@ -123,10 +135,18 @@ def densenet(
     drop: float = 0.0,
     checkpoint_activations: bool = False,
 ) -> nn.Module:
-    """DenseNet-BC of 6n + 4 layers.
+    """Return a DenseNet-BC of 6n + 4 layers.
+
+    Args:
+        num_classes: The number of logits.
+        depth: The number of layers.
+        growth_rate: The channels that a layer adds.
+        compression_rate: The number that transitions divide the channels by.
+        drop: The dropout probability.
+        checkpoint_activations: Whether backward computes the activations of a layer again.
 
     Raises:
-        ModelError: a depth that breaks the rule, a rate below 1, or no probability.
+        ModelError: The depth breaks the rule, a rate is below 1, or ``drop`` is no probability.
     """
     for argument, value in (("growth_rate", growth_rate), ("compression_rate", compression_rate)):
         if value < 1:

@@ -2,8 +2,8 @@
 
 K. He, X. Zhang, S. Ren, J. Sun, "Identity Mappings in Deep Residual Networks", arXiv 1603.05027.
 
-As resnet.py, but batch norm and ReLU stand before each convolution, so that the sum at the end of
-a block goes on unchanged; a last batch norm and ReLU follow the blocks. The shortcut of a block
+This is resnet.py, but batch norm and ReLU stand before each convolution, so that the sum at the end
+of a block goes on unchanged; a last batch norm and ReLU follow the blocks. The shortcut of a block
 that changes the shape is a bare 1x1 convolution of the block's input. Basic blocks: depth = 6n + 2;
 bottleneck blocks: depth = 9n + 2. Parameters for 10 classes: depth 110 1,730,522, depth 164 with
 bottlenecks 1,703,258.
@@ -24,6 +24,7 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build a block; the stride divides the size."""
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
         self.conv1 = conv3x3(channels_in, width, stride)
@@ -32,7 +33,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(channels_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """shortcut(x) + residual(x)."""
+        """Return shortcut(x) + residual(x)."""
         out = self.conv1(functional.relu(self.bn1(x)))
         out = self.conv2(functional.relu(self.bn2(out)))
         return out + self.downsample(x)
@@ -44,6 +45,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build a block; the stride divides the size."""
         super().__init__()
         self.bn1 = nn.BatchNorm2d(channels_in)
         self.conv1 = conv1x1(channels_in, width)
@@ -54,7 +56,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(channels_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """shortcut(x) + residual(x)."""
+        """Return shortcut(x) + residual(x)."""
         out = self.conv1(functional.relu(self.bn1(x)))
         out = self.conv2(functional.relu(self.bn2(out)))
         out = self.conv3(functional.relu(self.bn3(out)))
@@ -62,7 +64,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    """The identity, or a projection where the shape changes."""
+    """Return the identity, or a projection where the shape changes."""
     if stride == 1 and channels_in == channels_out:
         return nn.Sequential()
     return nn.Sequential(conv1x1(channels_in, channels_out, stride))
@@ -74,6 +76,13 @@ class PreResNet(nn.Module):
     def __init__(
         self, block: type[BasicBlock] | type[Bottleneck], blocks: int, num_classes: int
     ) -> None:
+        """Build the network.
+
+        Args:
+            block: The kind of block.
+            blocks: The blocks of each stage.
+            num_classes: The number of logits.
+        """
         super().__init__()
         self.conv1 = conv3x3(3, 16)
         self.layer1 = self._stage(block, blocks, 16, 16, 1)
@@ -96,7 +105,7 @@ class PreResNet(nn.Module):
         return nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images. Shapes are for basic blocks."""
+        """Return the logits of a batch of images. Shapes are for basic blocks."""
         x = self.conv1(x)  # (B, 16, 32, 32)
         x = self.layer1(x)  # (B, 16, 32, 32)
         x = self.layer2(x)  # (B, 32, 16, 16)
@@ -106,16 +115,21 @@ class PreResNet(nn.Module):
 
 
 def identify(shapes: Shapes) -> dict[str, Any] | None:
-    """Arguments of the pre-activation ResNet with these tensors."""
+    """Return the arguments of the pre-activation ResNet with these tensors."""
     return identify_residual(shapes)
 
 
 @register("preresnet", identify)
 def preresnet(num_classes: int = 10, depth: int = 20, block_name: str = "BasicBlock") -> nn.Module:
-    """Pre-activation ResNet of 6n + 2 layers, or 9n + 2 with block_name="bottleneck".
+    """Return a pre-activation ResNet of 6n + 2 layers, or 9n + 2 with block_name="bottleneck".
+
+    Args:
+        num_classes: The number of logits.
+        depth: The number of layers.
+        block_name: The kind of block: "BasicBlock" or "bottleneck".
 
     Raises:
-        ModelError: a depth that breaks the rule, or an unknown block.
+        ModelError: The depth breaks the rule, or there is no such block.
     """
     blocks, bottleneck = blocks_per_stage(depth, block_name, "a pre-activation ResNet")
     return PreResNet(Bottleneck if bottleneck else BasicBlock, blocks, num_classes)

@@ -26,6 +26,7 @@ class BasicBlock(nn.Module):
     expansion = 1
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build a block; the stride divides the size."""
         super().__init__()
         self.conv1 = conv3x3(channels_in, width, stride)
         self.bn1 = nn.BatchNorm2d(width)
@@ -34,7 +35,7 @@ class BasicBlock(nn.Module):
         self.downsample = _shortcut(channels_in, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(shortcut(x) + residual(x))."""
+        """Return relu(shortcut(x) + residual(x))."""
         out = functional.relu(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
         return functional.relu(out + self.downsample(x))
@@ -46,6 +47,7 @@ class Bottleneck(nn.Module):
     expansion = 4
 
     def __init__(self, channels_in: int, width: int, stride: int) -> None:
+        """Build a block; the stride divides the size."""
         super().__init__()
         self.conv1 = conv1x1(channels_in, width)
         self.bn1 = nn.BatchNorm2d(width)
@@ -56,7 +58,7 @@ class Bottleneck(nn.Module):
         self.downsample = _shortcut(channels_in, 4 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(shortcut(x) + residual(x))."""
+        """Return relu(shortcut(x) + residual(x))."""
         out = functional.relu(self.bn1(self.conv1(x)))
         out = functional.relu(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
@@ -64,7 +66,7 @@ class Bottleneck(nn.Module):
 
 
 def _shortcut(channels_in: int, channels_out: int, stride: int) -> nn.Sequential:
-    """The identity, or a projection where the shape changes."""
+    """Return the identity, or a projection where the shape changes."""
     if stride == 1 and channels_in == channels_out:
         return nn.Sequential()
     return nn.Sequential(conv1x1(channels_in, channels_out, stride), nn.BatchNorm2d(channels_out))
@@ -80,6 +82,14 @@ class ResNet(nn.Module):
         num_classes: int,
         checkpoint_activations: bool,
     ) -> None:
+        """Build the network.
+
+        Args:
+            block: The kind of block.
+            blocks: The blocks of each stage.
+            num_classes: The number of logits.
+            checkpoint_activations: Whether backward computes the activations of a block again.
+        """
         super().__init__()
         self.checkpoint_activations = checkpoint_activations
         self.conv1 = conv3x3(3, 16)
@@ -103,7 +113,7 @@ class ResNet(nn.Module):
         return nn.Sequential(first, *others)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images. Shapes are for basic blocks."""
+        """Return the logits of a batch of images. Shapes are for basic blocks."""
         x = functional.relu(self.bn1(self.conv1(x)))  # (B, 16, 32, 32)
         x = self._run(self.layer1, x)  # (B, 16, 32, 32)
         x = self._run(self.layer2, x)  # (B, 32, 16, 16)
@@ -118,7 +128,7 @@ class ResNet(nn.Module):
 
 
 def identify(shapes: Shapes) -> dict[str, Any] | None:
-    """Arguments of the ResNet with these tensors."""
+    """Return the arguments of the ResNet with these tensors."""
     return identify_residual(shapes)
 
 
@@ -129,10 +139,16 @@ def resnet(
     block_name: str = "BasicBlock",
     checkpoint_activations: bool = False,
 ) -> nn.Module:
-    """ResNet of 6n + 2 layers, or 9n + 2 with block_name="bottleneck".
+    """Return a ResNet of 6n + 2 layers, or 9n + 2 with block_name="bottleneck".
+
+    Args:
+        num_classes: The number of logits.
+        depth: The number of layers.
+        block_name: The kind of block: "BasicBlock" or "bottleneck".
+        checkpoint_activations: Whether backward computes the activations of a block again.
 
     Raises:
-        ModelError: a depth that breaks the rule, or an unknown block.
+        ModelError: The depth breaks the rule, or there is no such block.
     """
     blocks, bottleneck = blocks_per_stage(depth, block_name, "a ResNet")
     block = Bottleneck if bottleneck else BasicBlock

@@ -23,6 +23,7 @@ class Bottleneck(nn.Module):
     def __init__(
         self, channels_in: int, channels_out: int, stride: int, cardinality: int, group_width: int
     ) -> None:
+        """Build a block; the 3x3 convolution has ``cardinality`` groups of ``group_width``."""
         super().__init__()
         width = cardinality * group_width
         self.conv_reduce = nn.Conv2d(channels_in, width, 1, bias=False)
@@ -41,7 +42,7 @@ class Bottleneck(nn.Module):
             self.shortcut.add_module("shortcut_bn", nn.BatchNorm2d(channels_out))
 
     def forward(self, x: Tensor) -> Tensor:
-        """relu(shortcut(x) + residual(x))."""
+        """Return relu(shortcut(x) + residual(x))."""
         out = functional.relu(self.bn_reduce(self.conv_reduce(x)))
         out = functional.relu(self.bn(self.conv_conv(out)))
         out = self.bn_expand(self.conv_expand(out))
@@ -52,6 +53,14 @@ class ResNeXt(nn.Module):
     """Three stages of aggregated residual blocks; (B, 3, 32, 32) to logits."""
 
     def __init__(self, blocks: int, cardinality: int, widen_factor: int, num_classes: int) -> None:
+        """Build the network.
+
+        Args:
+            blocks: The blocks of each stage.
+            cardinality: The groups of the 3x3 convolutions.
+            widen_factor: The width of the stages, as a multiple of 64, 128 and 256 channels.
+            num_classes: The number of logits.
+        """
         super().__init__()
         self.conv_1_3x3 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
         self.bn_1 = nn.BatchNorm2d(64)
@@ -63,7 +72,7 @@ class ResNeXt(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images. Shapes are for widen_factor 4."""
+        """Return the logits of a batch of images. Shapes are for widen_factor 4."""
         x = functional.relu(self.bn_1(self.conv_1_3x3(x)))  # (B, 64, 32, 32)
         x = self.stage_1(x)  # (B, 256, 32, 32)
         x = self.stage_2(x)  # (B, 512, 16, 16)
@@ -80,7 +89,7 @@ def _stage(
     cardinality: int,
     group_width: int,
 ) -> nn.Sequential:
-    """The blocks of a stage; each carries the stage's name, as published checkpoints have it."""
+    """Return the blocks of a stage; each has its name, as in published checkpoints."""
     stage = OrderedDict[str, nn.Module]()
     for i in range(blocks):
         stage[f"{name}_bottleneck_{i}"] = Bottleneck(
@@ -102,7 +111,7 @@ def _initialise(module: nn.Module) -> None:
 
 
 def identify(shapes: Shapes) -> dict[str, Any] | None:
-    """Arguments of the ResNeXt with these tensors."""
+    """Return the arguments of the ResNeXt with these tensors."""
     first = "stage_1.stage_1_bottleneck_0."
     width, group_width = shapes[first + "conv_conv.weight"][:2]
     return {
@@ -117,10 +126,16 @@ def identify(shapes: Shapes) -> dict[str, Any] | None:
 def resnext(
     num_classes: int = 10, depth: int = 29, cardinality: int = 8, widen_factor: int = 4
 ) -> nn.Module:
-    """ResNeXt of 9n + 2 layers with cardinality groups of 64 channels in the first stage.
+    """Return a ResNeXt of 9n + 2 layers.
+
+    Args:
+        num_classes: The number of logits.
+        depth: The number of layers.
+        cardinality: The groups of the 3x3 convolutions, of 64 channels in the first stage.
+        widen_factor: The width of the stages, as a multiple of 64, 128 and 256 channels.
 
     Raises:
-        ModelError: a depth that breaks the rule, or a number below 1.
+        ModelError: The depth breaks the rule, or a number is below 1.
     """
     for argument, value in (("cardinality", cardinality), ("widen_factor", widen_factor)):
         if value < 1:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from models._registry import Factory, Shapes, register
 
 WIDTHS = (64, 128, 256, 512, 512)
-# convolutions per stage
+# The convolutions of each stage, by the number in the name.
 STAGES = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -29,6 +29,13 @@ class VGG(nn.Module):
     """Five stages of 3x3 convolutions, each ended by a pool; (B, 3, 32, 32) to logits."""
 
     def __init__(self, depth: int, batch_norm: bool, num_classes: int) -> None:
+        """Build the network.
+
+        Args:
+            depth: The number in its name: 11, 13, 16 or 19.
+            batch_norm: Whether batch norm follows each convolution.
+            num_classes: The number of logits.
+        """
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3
@@ -45,8 +52,9 @@ class VGG(nn.Module):
         self.apply(_initialise)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch of images."""
-        # stages: (B, 64, 16, 16), (B, 128, 8, 8), (B, 256, 4, 4), (B, 512, 2, 2), (B, 512, 1, 1)
+        """Return the logits of a batch of images."""
+        # After the stages: (B, 64, 16, 16), (B, 128, 8, 8), (B, 256, 4, 4), (B, 512, 2, 2) and
+        # (B, 512, 1, 1).
         x = self.features(x).mean((2, 3))  # (B, 512)
         return self.classifier(x)
 
@@ -62,11 +70,13 @@ def _initialise(module: nn.Module) -> None:
 
 
 def identify(shapes: Shapes) -> dict[str, Any] | None:
-    """Arguments of a VGG; which member it is, the number of layers tells the registry."""
+    """Return the arguments of a VGG; the registry tells the members by their layers."""
     return {"num_classes": shapes["classifier.bias"][0]}
 
 
 def _member(depth: int, batch_norm: bool) -> Factory:
+    """Return the factory of one member of the family."""
+
     def factory(num_classes: int = 10) -> nn.Module:
         return VGG(depth, batch_norm, num_classes)
 

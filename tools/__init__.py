@@ -1,1 +1,1 @@
-"""Commands beside training."""
+"""The commands beside training."""

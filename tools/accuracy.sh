@@ -20,9 +20,9 @@ fail() {
     exit 2
 }
 
-again=75  # what a run answers that was told to end and can go on
+again=75  # The exit code of a run that was told to end and can go on.
 stopped=143
-margin=15 # seconds for the last save
+margin=15 # The seconds that the last save may take.
 root=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")/.." && pwd)
 dataset=cifar10 output=checkpoints budget='' recipes=() flags=() pid=''
 
@@ -59,12 +59,12 @@ tool() {
     PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} "$python" -m "$@"
 }
 
-# Trains one recipe until it ends or the time is up; sets status.
+# Train one recipe until it ends or the time is up, and set status.
 train() {
-    local recipe=$1 log=$output/$dataset/$1.out limit=0 # no limit
+    local recipe=$1 log=$output/$dataset/$1.out limit=0 # Means no limit.
     [[ ! $budget ]] || limit=$((budget - margin - SECONDS))
     mkdir -p "$output/$dataset"
-    # In the background, so that a signal to this script is not kept waiting.
+    # The run is in the background, so that a signal to this script is not kept waiting.
     timeout --foreground --preserve-status --kill-after=60 "$limit" "$root/launcher.sh" \
         -m "$recipe" -d "$dataset" -- --checkpoint "$output/$dataset/$recipe" --resume auto \
         "${flags[@]}" >>"$log" 2>&1 &
@@ -89,7 +89,7 @@ stop() {
     exit "$2"
 }
 
-# Whether there is time for more than the start of a run.
+# Succeed where there is time for more than the start of a run.
 has_time() {
     [[ ! $budget ]] || ((budget - SECONDS > 2 * margin))
 }

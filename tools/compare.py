@@ -2,10 +2,10 @@
 
     ./launcher.sh --compare -m resnet20 -n 2 -d synthetic10 -- --epochs 1 --train-size 2560
 
-Prints a table and writes compare.json and compare.png. Same seed, same data, same global batch:
-the loss of every step and the final parameters differ by rounding only (batch norm over shares
-apart: add --sync-bn to compare networks that have it). The time of communication is what the same
-workers save when they exchange nothing.
+This prints a table and writes compare.json and compare.png. Seed, data and global batch are the
+same, so the loss of every step and the final parameters differ by rounding only. Batch norm over
+each worker's shard is the exception: add --sync-bn to compare networks that have it. The time of
+communication is what the same workers save when they exchange nothing.
 """
 
 import argparse
@@ -14,23 +14,60 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
 
-from utils.checkpoint import format as checkpoint
-from utils.config.recipes import find_recipe
+from utils.checkpoint.format import LATEST, load
+from utils.config.recipes import Recipe, find_recipe
 from utils.errors import BAD_INPUT, FAILED, command
 from utils.files import ROOT, make_output, write_atomically, write_text
 
-ENGINES = ("one process", "dist", "horovod")
+ONE_PROCESS = "one process"
+ENGINES = (ONE_PROCESS, "dist", "horovod")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What the training with one engine has left.
+
+    Attributes:
+        trace: Loss and times of every step.
+        state: The final parameters and buffers.
+        trace_without_exchange: The same of workers that exchange nothing; None for one process.
+    """
+
+    trace: dict[str, Any]
+    state: dict[str, torch.Tensor]
+    trace_without_exchange: dict[str, Any] | None = None
 
 
 @command
 def main() -> int:
-    """Parse, run every arm, report; returns the exit code."""
+    """Train with every engine, report, and return the exit code."""
+    options = _parse_args()
+    try:
+        recipe = find_recipe(options.model)
+        make_output(options.output)  # A folder that cannot be made should not cost minutes.
+        variants = run_variants(recipe, options)
+    except subprocess.CalledProcessError as error:
+        print(f"error: this arm has failed: {' '.join(error.cmd)}", file=sys.stderr)
+        return error.returncode if error.returncode == BAD_INPUT else FAILED
+    summary = summarise(variants)
+    summary["command"] = sys.argv
+    content = {"summary": summary, "arms": [variant.trace for variant in variants.values()]}
+    write_text(options.output / "compare.json", json.dumps(content, indent=1))
+    draw(variants, summary, options.output / "compare.png")
+    print(table(summary))
+    print(f"{options.output / 'compare.json'}  {options.output / 'compare.png'}")
+    return 0
+
+
+def _parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", dest="model", required=True, metavar="MODEL", help="a recipe")
     parser.add_argument("-n", dest="workers", type=int, default=2, metavar="WORKERS")
@@ -40,98 +77,97 @@ def main() -> int:
         help="folder for compare.json and compare.png (default: compare)",
     )  # fmt: skip
     parser.add_argument("flags", nargs="*", metavar="FLAGS", help="after --: flags for cifar.py")
-    options = parser.parse_args()
-    try:
-        recipe = find_recipe(options.model)
-        make_output(options.output)  # before minutes of training, not after them
-        arms = run_arms(recipe.name, recipe.flags, options)
-    except subprocess.CalledProcessError as error:
-        print(f"error: this arm has failed: {' '.join(error.cmd)}", file=sys.stderr)
-        return error.returncode if error.returncode == BAD_INPUT else FAILED
-    summary = summarise(arms)
-    summary["command"] = sys.argv
-    text = json.dumps({"summary": summary, "arms": [a["trace"] for a in arms.values()]}, indent=1)
-    write_text(options.output / "compare.json", text)
-    draw(arms, summary, options.output / "compare.png")
-    print(table(summary))
-    print(f"{options.output / 'compare.json'}  {options.output / 'compare.png'}")
-    return 0
+    return parser.parse_args()
 
 
-def run_arms(recipe: str, flags: tuple[str, ...], options: argparse.Namespace) -> dict[str, Any]:
-    """Run every engine that is there; returns traces and final parameters by engine.
+def run_variants(recipe: Recipe, options: argparse.Namespace) -> dict[str, Variant]:
+    """Train with every engine that is there.
+
+    Args:
+        recipe: What is trained.
+        options: The command line.
+
+    Returns:
+        What each training has left, by engine.
 
     Raises:
-        subprocess.CalledProcessError: an arm has failed; it has said why.
+        subprocess.CalledProcessError: A training has failed; it has said why.
     """
-    arms: dict[str, Any] = {}
+    variants: dict[str, Variant] = {}
     with tempfile.TemporaryDirectory() as folder:
         for engine in ENGINES:
             if engine == "horovod" and importlib.util.find_spec("horovod") is None:
                 print("Horovod is not installed (./setup.sh --horovod): comparing the other two")
                 continue
-            arms[engine] = _run(engine, recipe, flags, options, Path(folder))
-            if engine != "one process":
-                apart = _run(engine, recipe, flags, options, Path(folder), "--no-exchange")
-                arms[engine]["apart"] = apart["trace"]
-    return arms
+            trace, state = _train(engine, recipe, options, Path(folder))
+            alone = None
+            if engine != ONE_PROCESS:
+                alone, _ = _train(engine, recipe, options, Path(folder), "--no-exchange")
+            variants[engine] = Variant(trace, state, alone)
+    return variants
 
 
-def _run(
-    engine: str,
-    recipe: str,
-    flags: tuple[str, ...],
-    options: argparse.Namespace,
-    folder: Path,
-    *more: str,
-) -> dict[str, Any]:
+def _train(
+    engine: str, recipe: Recipe, options: argparse.Namespace, folder: Path, *more: str
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Train with an engine and more flags; return the trace and the final state."""
     run, trace = folder / "run", folder / "trace.json"
     last = [*options.flags, *more, "-c", str(run), "--overwrite", "--trace", str(trace)]
-    if engine == "one process":
-        command = [sys.executable, str(ROOT / "cifar.py"), *flags, "-d", options.dataset]
-        command += ["--data", str(ROOT / "data"), *last]
+    if engine == ONE_PROCESS:
+        words = [sys.executable, str(ROOT / "cifar.py"), *recipe.flags, "-d", options.dataset]
+        words += ["--data", str(ROOT / "data"), *last]
     else:
-        command = [str(ROOT / "launcher.sh"), "-m", recipe, "-n", str(options.workers)]
-        command += ["-d", options.dataset, "-f", engine, "--", *last]
+        words = [str(ROOT / "launcher.sh"), "-m", recipe.name, "-n", str(options.workers)]
+        words += ["-d", options.dataset, "-f", engine, "--", *last]
     print(f"-- {engine}{' without exchange' if more else ''}", flush=True)
-    # The arm's own report would bury the comparison; its errors go to the screen.
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    state = checkpoint.load(run / checkpoint.LATEST)["state_dict"]
-    return {"trace": json.loads(trace.read_text()), "state": state}
+    # The training's own report would bury the comparison; its errors go to the screen.
+    subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    return json.loads(trace.read_text()), load(run / LATEST)["state_dict"]
 
 
-def summarise(arms: dict[str, Any]) -> dict[str, Any]:
-    """Speeds, time shares and differences from the one process, by engine."""
-    base = arms["one process"]
-    result: dict[str, Any] = {"torch": str(torch.__version__), "engines": {}}
-    for engine, arm in arms.items():
-        trace = arm["trace"]
-        # The first step pays for memory and connections.
-        data, compute = median(trace["data_seconds"][1:]), median(trace["compute_seconds"][1:])
-        alone = median(arm["apart"]["compute_seconds"][1:]) if "apart" in arm else compute
-        losses = [abs(a - b) for a, b in zip(trace["loss"], base["trace"]["loss"], strict=True)]
-        worst = max(range(len(losses)), key=losses.__getitem__)
-        step = data + compute
-        result["engines"][engine] = {
-            "workers": trace["workers"],
-            "steps": len(losses),
-            "images_per_second": trace["global_batch"][0] / step,
-            "share_data": data / step,
-            "share_compute": min(alone, compute) / step,
-            "share_communication": max(0.0, compute - alone) / step,
-            "largest_loss_difference": losses[worst],
-            "at_step": worst,
-            "largest_parameter_difference": max(
-                float((tensor.double() - base["state"][name].double()).abs().max())
-                for name, tensor in arm["state"].items()
-                if tensor.is_floating_point()
-            ),
-        }
-    return result
+def summarise(variants: Mapping[str, Variant]) -> dict[str, Any]:
+    """Return speeds, the parts of a step's time, and the differences from one process."""
+    base = variants[ONE_PROCESS]
+    engines = {engine: _summary_of(variant, base) for engine, variant in variants.items()}
+    return {"torch": str(torch.__version__), "engines": engines}
 
 
-def table(summary: dict[str, Any]) -> str:
-    """The summary as aligned text."""
+def _summary_of(variant: Variant, base: Variant) -> dict[str, Any]:
+    trace, alone = variant.trace, variant.trace_without_exchange or variant.trace
+    data, compute = _usual_seconds(trace, "data"), _usual_seconds(trace, "compute")
+    without_exchange = _usual_seconds(alone, "compute")
+    step = data + compute
+    differences = _loss_differences(variant, base)
+    worst = max(range(len(differences)), key=differences.__getitem__)
+    return {
+        "workers": trace["workers"],
+        "steps": len(differences),
+        "images_per_second": trace["global_batch"][0] / step,
+        "share_data": data / step,
+        "share_compute": min(without_exchange, compute) / step,
+        "share_communication": max(0.0, compute - without_exchange) / step,
+        "largest_loss_difference": differences[worst],
+        "at_step": worst,
+        "largest_parameter_difference": max(
+            float((tensor.double() - base.state[name].double()).abs().max())
+            for name, tensor in variant.state.items()
+            if tensor.is_floating_point()
+        ),
+    }
+
+
+def _usual_seconds(trace: Mapping[str, Any], part: str) -> float:
+    """Return the median over the steps, but for the first: it pays for memory and connections."""
+    return median(trace[f"{part}_seconds"][1:])
+
+
+def _loss_differences(variant: Variant, base: Variant) -> list[float]:
+    pairs = zip(variant.trace["loss"], base.trace["loss"], strict=True)
+    return [abs(one - other) for one, other in pairs]
+
+
+def table(summary: Mapping[str, Any]) -> str:
+    """Return the summary as aligned text."""
     rows = [("engine", "workers", "images/s", "data", "compute", "communication",
              "loss differs by", "parameters by")]  # fmt: skip
     for engine, numbers in summary["engines"].items():
@@ -151,26 +187,25 @@ def table(summary: dict[str, Any]) -> str:
     return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
 
 
-def draw(arms: dict[str, Any], summary: dict[str, Any], picture: Path) -> None:
-    """Loss per step, its difference from the one process, and where the time goes."""
-    from matplotlib.figure import Figure
+def draw(variants: Mapping[str, Variant], summary: Mapping[str, Any], picture: Path) -> None:
+    """Draw the loss per step, its difference from one process, and what takes the time."""
+    from matplotlib.figure import Figure  # Slow to import.
 
     figure = Figure(figsize=(13, 4), layout="constrained")
     loss, difference, time = figure.subplots(1, 3)
-    base = arms["one process"]["trace"]["loss"]
-    for style, (engine, arm) in zip(("-", "--", ":"), arms.items(), strict=False):
-        losses = arm["trace"]["loss"]
-        loss.plot(losses, style, label=engine)
-        if engine != "one process":
-            gaps = [abs(a - b) for a, b in zip(losses, base, strict=True)]
-            difference.semilogy([max(gap, 1e-17) for gap in gaps], label=engine)
+    base = variants[ONE_PROCESS]
+    for style, (engine, variant) in zip(("-", "--", ":"), variants.items(), strict=False):
+        loss.plot(variant.trace["loss"], style, label=engine)
+        if engine != ONE_PROCESS:
+            differences = _loss_differences(variant, base)
+            difference.semilogy([max(gap, 1e-17) for gap in differences], label=engine)
     loss.set(xlabel="step", ylabel="loss")
     difference.set(xlabel="step", ylabel="difference from one process")
-    left = [0.0] * len(arms)
+    left = [0.0] * len(variants)
     for part in ("data", "compute", "communication"):
-        shares = [100 * numbers[f"share_{part}"] for numbers in summary["engines"].values()]
-        time.barh(list(arms), shares, left=left, label=part)
-        left = [a + b for a, b in zip(left, shares, strict=True)]
+        parts = [100 * numbers[f"share_{part}"] for numbers in summary["engines"].values()]
+        time.barh(list(variants), parts, left=left, label=part)
+        left = [a + b for a, b in zip(left, parts, strict=True)]
     time.set(xlabel="share of a step, %")
     for axes in (loss, difference, time):
         axes.legend(fontsize="small")

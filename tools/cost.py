@@ -1,7 +1,8 @@
 """How long whole recipes take on one large GPU, cheapest first: python -m tools.cost RECIPE...
 
-A prediction, for the order of runs and for planning: of an H200 with --amp bf16, from the number
-of kernels that a step launches in a CUDA graph and from its floating-point operations.
+This is a prediction, for the order of runs and for planning. It is for an H200 with --amp bf16, and
+follows from the number of kernels that a step launches in a CUDA graph and from its floating-point
+operations.
 """
 
 import sys
@@ -10,34 +11,37 @@ from collections.abc import Sequence
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import create_model
-from utils.config.args import model_arguments_of, parse_args
+from utils.config.args import parse_args
 from utils.config.recipes import Recipe, find_recipe
 from utils.errors import command
+from utils.training import build
 
-TRAIN = 50_000
-KERNEL_SECONDS = 2.2e-6  # of one kernel in a graph
-KERNELS = 3  # of a step, to each parameter tensor: forward, backward, update
-FLOPS = 300e12  # a second, that wide networks reach
+TRAIN_IMAGES = 50_000
+KERNEL_SECONDS = 2.2e-6  # The time of one kernel in a graph.
+KERNELS_PER_PARAMETER = 3  # A step has so many for each tensor: forward, backward and update.
+FLOPS_PER_SECOND = 300e12  # Wide networks reach this.
 
 
 def minutes(recipe: Recipe) -> float:
-    """Of the whole recipe, evaluation left out."""
-    options = parse_args(recipe.flags)
+    """Return the minutes that the whole recipe takes, evaluation left out."""
+    config = parse_args(recipe.flags)
     with torch.device("meta"):
-        model = create_model(options.arch, **model_arguments_of(options))
-        image = torch.empty(2, 3, 32, 32)
+        model = build.network(config.model, classes=10)
+        images = torch.empty(2, 3, 32, 32)
     counter = FlopCounterMode(display=False)
     with counter, torch.no_grad():
-        model(image)
-    launches = TRAIN / options.train_batch * KERNELS * len(list(model.parameters()))
-    work = TRAIN * 3 * counter.get_total_flops() / len(image)  # backward: twice the forward pass
-    return options.epochs * (launches * KERNEL_SECONDS + work / FLOPS) / 60
+        model(images)
+    steps = TRAIN_IMAGES / config.train.train_batch
+    kernels = steps * KERNELS_PER_PARAMETER * len(list(model.parameters()))
+    # The backward pass has twice the operations of the forward pass.
+    operations = TRAIN_IMAGES * 3 * counter.get_total_flops() / len(images)
+    epoch_seconds = kernels * KERNEL_SECONDS + operations / FLOPS_PER_SECOND
+    return config.train.epochs * epoch_seconds / 60
 
 
 @command
 def main(argv: Sequence[str]) -> int:
-    """Print name and minutes, a recipe a line."""
+    """Print name and minutes of the recipes, one in a line, and return the exit code."""
     found = {recipe.name: minutes(recipe) for recipe in map(find_recipe, argv)}
     for name in sorted(found, key=found.__getitem__):
         print(f"{name} {found[name]:.1f}")

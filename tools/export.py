@@ -2,8 +2,8 @@
 
     python tools/export.py CHECKPOINT --safetensors FILE --onnx FILE
 
-Needs the packages safetensors; onnx, onnxscript and onnxruntime. The checks run 100 images through
-the network and through what was written.
+The former needs the package safetensors, the latter onnx, onnxscript and onnxruntime. The checks
+run 100 images through the network and through what was written.
 """
 
 import argparse
@@ -11,7 +11,8 @@ import importlib.util
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see inspect.py
+# This folder would come first on the path, and its inspect.py would hide that of Python.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
 
@@ -19,12 +20,12 @@ from models import create_model, identify
 from tools.network import Network, load_network
 from utils.errors import FAILED, UserError, command
 
-TOLERANCE = 1e-4  # of the logits, relative to their largest
+TOLERANCE = 1e-4  # The largest difference of the logits, relative to the largest of them.
 
 
 @command
 def main() -> int:
-    """Export what the command line asks for."""
+    """Export what the command line asks for and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("--safetensors", type=Path, metavar="FILE", help="write the weights")
@@ -42,13 +43,16 @@ def main() -> int:
         wanted = network.model(images)
     good = True
     if options.safetensors:
-        good &= _report(options.safetensors, wanted, _safetensors(network, options, images))
+        good &= _report(
+            options.safetensors, wanted, _safetensors(network, options.safetensors, images)
+        )
     if options.onnx:
         good &= _report(options.onnx, wanted, _onnx(network, options.onnx, images))
     return 0 if good else FAILED
 
 
 def _require(flag: str, *packages: str) -> None:
+    """Raise UserError where a package is missing that the flag needs."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         names = " ".join(missing)
@@ -56,6 +60,7 @@ def _require(flag: str, *packages: str) -> None:
 
 
 def _report(path: Path, wanted: torch.Tensor, got: torch.Tensor) -> bool:
+    """Print whether the logits of a written network are those of the network; return it."""
     gap = float((wanted - got).abs().max() / wanted.abs().max())
     good = gap <= TOLERANCE
     verdict = "same logits on 100 images" if good else "OTHER LOGITS than the network"
@@ -63,10 +68,8 @@ def _report(path: Path, wanted: torch.Tensor, got: torch.Tensor) -> bool:
     return good
 
 
-def _safetensors(
-    network: Network, options: argparse.Namespace, images: torch.Tensor
-) -> torch.Tensor:
-    """Write the weights, read them into a fresh network and run it."""
+def _safetensors(network: Network, path: Path, images: torch.Tensor) -> torch.Tensor:
+    """Write the weights, read them into a fresh network and return its logits."""
     from safetensors.torch import load_file, save_file
 
     about = {
@@ -76,8 +79,8 @@ def _safetensors(
         "std": " ".join(map(str, network.std)),
     }
     state = {name: tensor.contiguous() for name, tensor in network.model.state_dict().items()}
-    save_file(state, options.safetensors, metadata=about)
-    weights = load_file(options.safetensors)
+    save_file(state, path, metadata=about)
+    weights = load_file(path)
     found = identify({name: tuple(tensor.shape) for name, tensor in weights.items()})
     assert found is not None, "the weights that were just written are not recognised"
     fresh = create_model(found[0], **found[1])
@@ -88,7 +91,7 @@ def _safetensors(
 
 
 def _onnx(network: Network, path: Path, images: torch.Tensor) -> torch.Tensor:
-    """Write the network with a free batch size and run it with ONNX Runtime."""
+    """Write the network with a free batch size and return its logits by ONNX Runtime."""
     import onnxruntime
 
     torch.onnx.export(

@@ -1,9 +1,10 @@
-"""Runs a training script with mistakes or faults planted in it, to prove what a check would find.
+"""Run a training script with injected mistakes or faults, to prove what a check would find.
 
     python tools/fault_injection.py MISTAKE[+MISTAKE...] SCRIPT ARGUMENTS...
 
 Each mistake is one that projects of this kind have really made; the faults are those of machines
-and users. They are patches from outside: nothing in the training code knows of them.
+and users. They are patches from outside, of the names by which the training code looks things up:
+nothing in that code knows of them.
 """
 
 import os
@@ -15,119 +16,178 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-sys.path[0] = str(
-    Path(__file__).resolve().parent.parent
-)  # and not this folder, whose inspect.py would hide Python's
+# This folder would come first on the path, and its inspect.py would hide that of Python, which
+# dataclasses imports.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
+
+from dataclasses import replace
 
 import numpy as np
 import torch
 
+from cifar import run
 from tools.commands import engine_class
-from utils import engine, startup
-from utils.checkpoint import format as checkpoint
-from utils.data import sampling as order
-from utils.distributed.comm import Comm, restarts_by_launcher
-from utils.training import evaluation
+from utils.checkpoint import format as checkpoint_format
+from utils.checkpoint import restore
+from utils.checkpoint.train_state import TrainState
+from utils.data import sampling
+from utils.data.image_set import ImageSet
+from utils.distributed.comm import launcher_restart_count
+from utils.runtime import exit_codes
+from utils.runtime.exit_codes import exit_process, run_worker
+from utils.training import build
+from utils.training.evaluation import Evaluator
+from utils.training.plan import EpochPlan
 from utils.training.step import Step
 
 
+def _patch(owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Any]) -> None:
+    """Replace a function of a module or class.
+
+    Args:
+        owner: The module or class.
+        name: The name under which callers look the function up.
+        wrap: Makes the new function from the old one.
+
+    Raises:
+        AttributeError: There is no such function any more.
+    """
+    setattr(owner, name, wrap(getattr(owner, name)))
+
+
+def _rank_from_env() -> int:
+    return int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
+
+
+def _is_last_rank() -> bool:
+    world_size = int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", 1)))
+    return _rank_from_env() == world_size - 1
+
+
 def same_order() -> None:
-    """Every epoch has the order of the first: set_epoch forgotten."""
-    real = order.permutation
-    order.permutation = lambda count, seed, epoch: real(count, seed, 0)
+    """Give every epoch the order of the first, as where set_epoch is forgotten."""
+    _patch(sampling, "permutation", lambda real: lambda count, seed, epoch: real(count, seed, 0))
 
 
 def summed_gradients() -> None:
-    """Gradients are added up over the workers, not averaged."""
-    real = Step._backward
-    Step._backward = lambda self, images, labels, scale: real(
-        self, images, labels, scale * self.comm.size
-    )
+    """Add the gradients up over the workers instead of averaging them."""
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda step, images, labels, scale: real(
+            step, images, labels, scale * step.comm.world_size
+        )
+
+    _patch(Step, "_backward", wrap)
 
 
 def own_mean() -> None:
-    """Each worker takes the mean over its own share, as if all shares were equal."""
-    real = Step._backward
-    Step._backward = lambda self, images, labels, scale: real(self, images, labels, 1 / len(labels))
+    """Let each worker take the mean over its own shard, as if all shards were equal."""
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda step, images, labels, scale: real(step, images, labels, 1 / len(labels))
+
+    _patch(Step, "_backward", wrap)
 
 
 def lost_momentum() -> None:
-    """On resume only rank 0 gets the optimizer's state: a broadcast forgotten."""
-    real = engine.checkpoint.load_optimizer
-    rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
+    """On resume give only rank 0 the optimizer's state, as where a broadcast is forgotten."""
 
-    def load(optimizer: Any, state: Any, path: Any) -> bool:
-        return real(optimizer, state, path) if rank == 0 else False
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def load(*arguments: Any) -> bool:
+            return real(*arguments) if _rank_from_env() == 0 else False
 
-    engine.checkpoint.load_optimizer = load
+        return load
+
+    _patch(restore, "load_optimizer", wrap)
 
 
 def padded_evaluation() -> None:
-    """The test set is filled up until all workers have equally many images."""
-    real = evaluation.evaluate
+    """Fill the test set up until all workers have equally many images."""
 
-    def evaluate(model: Any, images: Any, batch: int, amp: str, comm: Comm, **more: Any) -> Any:
-        missing = -len(images) % comm.size
-        index = torch.arange(len(images) + missing) % len(images)
-        padded = type(images).__new__(type(images))
-        padded.__dict__ = {**images.__dict__}
-        padded.windows, padded.labels = images.windows[index], images.labels[index]
-        return real(model, padded, batch, amp, comm, **more)
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def evaluate(evaluator: Evaluator, images: ImageSet, *more: Any, **named: Any) -> Any:
+            missing = -len(images) % evaluator.comm.world_size
+            index = torch.arange(len(images) + missing) % len(images)
+            padded = object.__new__(ImageSet)
+            padded.__dict__ = {**images.__dict__}
+            padded.windows, padded.labels = images.windows[index], images.labels[index]
+            return real(evaluator, padded, *more, **named)
 
-    evaluation.evaluate = evaluate
+        return evaluate
+
+    _patch(Evaluator, "__call__", wrap)
 
 
 def lost_rate() -> None:
-    """On resume the learning rate starts again from the top of its schedule."""
-    real = startup.start_position
+    """On resume start the learning rate again from the top of its schedule."""
+    first_epoch = 0
 
-    def start(options: Any, saved: Any, shape: Any) -> Any:
-        position = real(options, saved, shape)
-        if saved:
-            options.schedule = [epoch + position.epoch for epoch in options.schedule]
-        return position
+    def wrap_start(real: Callable[..., TrainState]) -> Callable[..., TrainState]:
+        def start(train: Any, loaded: Any, fingerprint: Any) -> TrainState:
+            nonlocal first_epoch
+            state = real(train, loaded, fingerprint)
+            first_epoch = state.epoch if loaded else 0
+            return state
 
-    engine.start_position = start
+        return start
+
+    def wrap_rate(real: Callable[..., float]) -> Callable[..., float]:
+        return lambda plan, epoch, step: real(plan, epoch - first_epoch, step)
+
+    _patch(TrainState, "start", wrap_start)
+    _patch(EpochPlan, "learning_rate", wrap_rate)
 
 
-def _before_step(number: int, action: Callable[[Step, list[Any]], Any], whole: bool) -> None:
-    """Do something before step ``number``, on all workers or on the last one only, once.
+def _before_step(
+    number: int, action: Callable[[Step, list[Any]], Any], on_all_workers: bool
+) -> None:
+    """Do something once before a step, on all workers or on the last one only.
 
-    The action gets the step and its arguments: images and labels first.
+    Args:
+        number: The step of the process, counted from 0.
+        action: What is done; it gets the step and its arguments, images and labels first.
+        on_all_workers: Whether all workers do it.
     """
-    real, done = Step.__call__, [0]
 
-    def call(self: Step, *arguments: Any, **named: Any) -> Any:
-        given = list(arguments)
-        if done[0] == number and (whole or self.comm.rank == self.comm.size - 1):
-            action(self, given)
-        done[0] += 1
-        return real(self, *given, **named)
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        done = 0
 
-    Step.__call__ = call
+        def call(step: Step, *arguments: Any, **named: Any) -> Any:
+            nonlocal done
+            given = list(arguments)
+            is_last = step.comm.rank == step.comm.world_size - 1
+            if done == number and (on_all_workers or is_last):
+                action(step, given)
+            done += 1
+            return real(step, *given, **named)
+
+        return call
+
+    _patch(Step, "__call__", wrap)
 
 
-def _send(name: str) -> Callable[..., None]:
+def _send_signal(name: str) -> Callable[..., None]:
     return lambda *_: os.kill(os.getpid(), getattr(signal, name))
 
 
 def _flip_last_bit(step: Step, _: Any) -> None:
-    # Of the largest value: an update may round the difference away where the exponent grows.
+    # The largest value is changed: an update may round the difference away where the exponent
+    # grows.
     flat = list(step.model.parameters())[-1].detach().view(-1)
     place = int(flat.abs().argmax())
     value = flat[place : place + 1]
     value.copy_(torch.from_numpy(np.nextafter(value.numpy(), np.inf)))
 
 
-def _spoil(_: Step, arguments: list[Any]) -> None:
+def _make_not_finite(_: Step, arguments: list[Any]) -> None:
     arguments[0] = arguments[0] * float("nan")
 
 
-def _fail(*_: Any) -> None:
+def _raise(*_: Any) -> None:
     raise RuntimeError("planted")
 
 
-def _stand_still(*_: Any) -> None:
+def _sleep(*_: Any) -> None:
     time.sleep(1000)
 
 
@@ -135,70 +195,84 @@ def _fill_disk(*_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.RLIM_INFINITY))
 
 
-def _empty_disk(*_: Any) -> None:
+def _free_disk(*_: Any) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-def in_evaluation(name: str) -> None:
-    """A signal comes in the first evaluation."""
-    real, sent = evaluation.ImageSet.batch, [False]
+def signal_in_evaluation(name: str) -> None:
+    """Send a signal to this process in the first evaluation.
 
-    def batch(self: Any, index: Any, augmentation: Any = None) -> Any:
-        if augmentation is None and not sent[0]:
-            sent[0] = True
-            os.kill(os.getpid(), getattr(signal, name))
-        return real(self, index, augmentation)
+    Args:
+        name: The name of the signal, such as "SIGTERM".
+    """
 
-    evaluation.ImageSet.batch = batch
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        sent = False
+
+        def batch(images: ImageSet, index: Any, augmentation: Any = None) -> Any:
+            nonlocal sent
+            if augmentation is None and not sent:
+                sent = True
+                os.kill(os.getpid(), getattr(signal, name))
+            return real(images, index, augmentation)
+
+        return batch
+
+    _patch(ImageSet, "batch", wrap)
 
 
 def other_option() -> None:
-    """The last worker is started with another learning rate."""
-    real = engine.parse_args
+    """Start the last worker with another learning rate."""
 
-    def parse(argv: Any) -> Any:
-        options = real(argv)
-        if _last_rank():
-            options.lr *= 2
-        return options
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def parse_args(argv: Any) -> Any:
+            config = real(argv)
+            if not _is_last_rank():
+                return config
+            return config.replace(train=replace(config.train, lr=2 * config.train.lr))
 
-    engine.parse_args = parse
+        return parse_args
+
+    _patch(exit_codes, "parse_args", wrap)
 
 
 def other_files() -> None:
-    """The last worker finds no checkpoint where the others find one."""
-    if _last_rank():
-        checkpoint.LATEST = checkpoint.PREVIOUS = "nowhere"
+    """Let the last worker find no checkpoint where the others find one."""
+    if _is_last_rank():
+        # They are names in the module of load_newest, which looks for these files.
+        checkpoint_format.LATEST = checkpoint_format.PREVIOUS = "nowhere"
 
 
 def other_data() -> None:
-    """The last worker reads another set of images."""
-    real = engine.load_dataset
+    """Let the last worker read another set of images."""
 
-    def load(*arguments: Any, **named: Any) -> Any:
-        data = real(*arguments, **named)
-        if _last_rank():
-            data.train_labels[0] = (data.train_labels[0] + 1) % 10
-        return data
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def load_dataset(*arguments: Any, **named: Any) -> Any:
+            data = real(*arguments, **named)
+            if _is_last_rank():
+                data.train_labels[0] = (data.train_labels[0] + 1) % 10
+            return data
 
-    engine.load_dataset = load
+        return load_dataset
+
+    _patch(build, "load_dataset", wrap)
 
 
-# By name, what happens before step N for NAME-N, and whether on all workers.
+# What happens before step N for NAME-N, by name, and whether on all workers.
 AT_STEP: dict[str, tuple[Callable[..., Any], bool]] = {
-    "kill": (_send("SIGKILL"), True),
-    "kill-one": (_send("SIGKILL"), False),
-    "term": (_send("SIGTERM"), False),
-    "int": (_send("SIGINT"), True),
-    "usr1": (_send("SIGUSR1"), False),
-    "usr2": (_send("SIGUSR2"), False),
-    "stop": (_send("SIGSTOP"), False),
+    "kill": (_send_signal("SIGKILL"), True),
+    "kill-one": (_send_signal("SIGKILL"), False),
+    "term": (_send_signal("SIGTERM"), False),
+    "int": (_send_signal("SIGINT"), True),
+    "usr1": (_send_signal("SIGUSR1"), False),
+    "usr2": (_send_signal("SIGUSR2"), False),
+    "stop": (_send_signal("SIGSTOP"), False),
     "flip": (_flip_last_bit, False),
-    "nan": (_spoil, False),
-    "raise": (_fail, False),
-    "sleep": (_stand_still, False),
+    "nan": (_make_not_finite, False),
+    "raise": (_raise, False),
+    "sleep": (_sleep, False),
     "full": (_fill_disk, True),
-    "free": (_empty_disk, True),
+    "free": (_free_disk, True),
 }
 
 MISTAKES: dict[str, Callable[[], None]] = {
@@ -210,28 +284,28 @@ MISTAKES: dict[str, Callable[[], None]] = {
     "lost-rate": lost_rate,
 }
 
-# What no training is to notice but to survive.
+# What training has to survive, or to refuse.
 FAULTS: dict[str, Callable[[], None]] = {
-    "term-in-evaluation": lambda: in_evaluation("SIGTERM"),
+    "term-in-evaluation": lambda: signal_in_evaluation("SIGTERM"),
     "other-option": other_option,
     "other-files": other_files,
     "other-data": other_data,
 }
 
 
-def _last_rank() -> bool:
-    rank = int(os.environ.get("RANK", os.environ.get("HOROVOD_RANK", 0)))
-    return rank == int(os.environ.get("WORLD_SIZE", os.environ.get("HOROVOD_SIZE", 1))) - 1
-
-
 def plant(mistake: str) -> None:
-    """Plant one mistake or fault; several steps are NAME-FIRST..LAST."""
+    """Inject one mistake or fault.
+
+    Args:
+        mistake: A name in MISTAKES or FAULTS, "none", or a name in AT_STEP with the step behind
+            it, as NAME-STEP, or with several steps, as NAME-FIRST..LAST.
+    """
     kind, _, steps = mistake.rpartition("-")
     if kind in AT_STEP:
-        action, whole = AT_STEP[kind]
+        action, on_all_workers = AT_STEP[kind]
         first, _, last = steps.partition("..")
         for number in range(int(first), int(last or first) + 1):
-            _before_step(number, action, whole)
+            _before_step(number, action, on_all_workers)
     elif mistake in FAULTS:
         FAULTS[mistake]()
     elif mistake != "none":
@@ -239,23 +313,23 @@ def plant(mistake: str) -> None:
 
 
 def plant_all(mistakes: str) -> None:
-    """Plant what is joined by +; faults happen once, and not again in a job that is restarted."""
+    """Inject all that is joined by +; a fault does not happen again in a job that is restarted."""
     for mistake in mistakes.split("+"):
-        if mistake in MISTAKES or not restarts_by_launcher():
+        if mistake in MISTAKES or not launcher_restart_count():
             plant(mistake)
 
 
 def arguments() -> list[str]:
-    """Of the command line; torch.distributed.launch puts the local rank before them."""
+    """Return the command line; torch.distributed.launch puts the local rank before it."""
     return [word for word in sys.argv[1:] if not word.startswith("--local-rank")]
 
 
 def main() -> int:
-    """Plant the mistake and run the script."""
+    """Inject the mistakes, run the script and return the exit code."""
     mistakes, script, *rest = arguments()
     plant_all(mistakes)
-    return engine.main(engine_class(script), rest)
+    return run_worker(engine_class(script), run, rest)
 
 
 if __name__ == "__main__":
-    engine.leave(main())
+    exit_process(main())

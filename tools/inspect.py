@@ -9,39 +9,27 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-# Run as a script, this folder comes first on the path, where this file would pass for the
-# standard library's inspect.
+# This folder would come first on the path, where this file would pass for Python's own inspect.
 sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from models import identify
-from utils.checkpoint import format as checkpoint
+from utils.checkpoint.format import describe_model, load
 from utils.errors import command
 
 
 def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
-    """What a loaded checkpoint holds, a line each."""
-    weights = state["state_dict"]
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    found = identify(shapes)
-    counted = [t for name, t in weights.items() if not _is_buffer(name)]
-    parameters = sum(tensor.numel() for tensor in counted)
+    """Return what a checkpoint holds, in lines.
+
+    Args:
+        path: The file.
+        state: Its content, as ``load`` returned it.
+    """
     lines = [f"file       {path}, {path.stat().st_size:,} bytes"]
     if "format" in state:
         lines.append(f"format     {state['format']} of this suite")
     else:
         lines.append("format     of another script of this family")
-    if found is None:
-        lines.append(
-            f"network    unknown, {len(weights)} tensors, {parameters:,} parameters: of no network "
-            "of this suite, or incomplete"
-        )
-    else:
-        arch, arguments = found
-        lines.append(f"network    {checkpoint.describe_model(arch, arguments)}, "
-                     f"{parameters:,} parameters, complete")  # fmt: skip
-        if arguments.get("block_name") == "bottleneck" and arguments["depth"] == 164:
-            lines.append("           scripts from before 2018 called this 164-layer network "
-                         f"{'Pre' if arch == 'preresnet' else ''}ResNet-110")  # fmt: skip
+    lines += _describe_network(state["state_dict"])
     epoch = state.get("epoch", "unknown")
     step = f", step {state['step']} of the next" if state.get("step") else ""
     lines.append(f"trained    {epoch} epochs{step}")
@@ -58,20 +46,40 @@ def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def _describe_network(weights: Mapping[str, Any]) -> list[str]:
+    """Return in lines which network the weights belong to."""
+    found = identify({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    parameters = sum(tensor.numel() for name, tensor in weights.items() if not _is_buffer(name))
+    if found is None:
+        return [
+            f"network    unknown, {len(weights)} tensors, {parameters:,} parameters: of no network "
+            "of this suite, or incomplete"
+        ]
+    arch, arguments = found
+    lines = [f"network    {describe_model(arch, arguments)}, {parameters:,} parameters, complete"]
+    if arguments.get("block_name") == "bottleneck" and arguments["depth"] == 164:
+        prefix = "Pre" if arch == "preresnet" else ""
+        lines.append(
+            f"           scripts from before 2018 called this 164-layer network {prefix}ResNet-110"
+        )
+    return lines
+
+
 def _is_buffer(name: str) -> bool:
     return name.endswith(("running_mean", "running_var", "num_batches_tracked"))
 
 
 @command
 def main() -> int:
-    """Describe the files of the command line."""
+    """Describe the files of the command line and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--trust-checkpoint", action="store_true",
-                        help="read a file even if that runs code in it")  # fmt: skip
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="read a file even if that runs code in it"
+    )
     options = parser.parse_args()
     for path in options.files:
-        state = checkpoint.load(path, flag="FILE", trust=options.trust_checkpoint)
+        state = load(path, flag="FILE", trust=options.trust_checkpoint)
         print("\n".join(describe(path, state)))
     return 0
 

@@ -1,4 +1,4 @@
-"""The network of a checkpoint, ready to use: for the tools that train nothing."""
+"""The network of a checkpoint, ready to use, for the tools that train nothing."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,20 +6,22 @@ from pathlib import Path
 from torch import nn
 
 from models import create_model, identify
-from utils.checkpoint import format as checkpoint
+from utils.checkpoint.format import describe_model, load
+from utils.checkpoint.restore import load_model
 from utils.data.datasets import TRUE_STATISTICS
 from utils.errors import UserError
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network in evaluation mode and what its inputs and outputs mean.
+    """A network in evaluation mode, and what its inputs and outputs mean.
 
     Attributes:
-        model: (B, 3, 32, 32) normalised images to (B, classes) logits.
-        classes: their names; numbers where the file has none.
-        mean, std: per channel, of pixels scaled to 0..1, to normalise with.
-        name: the architecture and its arguments, in words.
+        model: Takes (B, 3, 32, 32) normalised images and returns (B, classes) logits.
+        classes: The names of the classes; numbers where the file has none.
+        mean: The mean per channel to normalise with, of pixels scaled to 0..1.
+        std: The standard deviation per channel to normalise with, of pixels scaled to 0..1.
+        name: The architecture and its arguments, in words.
     """
 
     model: nn.Module
@@ -30,12 +32,17 @@ class Network:
 
 
 def load_network(path: Path) -> Network:
-    """The network that a checkpoint holds; files of older scripts are taken for CIFAR's.
+    """Return the network that a checkpoint holds.
+
+    The files of older scripts do not say what their images were; they are taken for CIFAR's.
+
+    Args:
+        path: The checkpoint.
 
     Raises:
-        UserError: not a checkpoint, or of an unknown network.
+        UserError: The file is no checkpoint, or holds an unknown network.
     """
-    state = checkpoint.load(path, flag="CHECKPOINT")
+    state = load(path, flag="CHECKPOINT")
     shapes = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
     found = identify(shapes)
     if found is None:
@@ -44,7 +51,7 @@ def load_network(path: Path) -> Network:
         )
     arch, arguments = found
     model = create_model(arch, **arguments)
-    checkpoint.load_model(model, state, path, arch)
+    load_model(model, state, path, arch)
     model.eval()
     count = arguments["num_classes"]
     mean, std = TRUE_STATISTICS["cifar100" if count == 100 else "cifar10"]
@@ -53,5 +60,5 @@ def load_network(path: Path) -> Network:
         tuple(state.get("classes", map(str, range(count)))),
         tuple(state.get("mean", mean)),
         tuple(state.get("std", std)),
-        checkpoint.describe_model(arch, arguments),
+        describe_model(arch, arguments),
     )

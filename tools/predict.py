@@ -7,7 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path[0] = str(Path(__file__).resolve().parent.parent)  # see inspect.py
+# This folder would come first on the path, and its inspect.py would hide that of Python.
+sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import numpy as np
 import torch
@@ -20,14 +21,14 @@ from utils.errors import command
 
 @command
 def main() -> int:
-    """Predict for the images of the command line."""
+    """Print the likeliest classes of the images of the command line; return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     options = parser.parse_args()
     network = load_network(options.checkpoint)
     pixels = np.stack([read_image(path)[0] for path in options.images])
-    labels = np.zeros(len(pixels), np.int64)  # not known, and not used
+    labels = np.zeros(len(pixels), np.int64)  # They are not known, and not used.
     images = ImageSet(pixels, labels, network.mean, network.std, device=torch.device("cpu"))
     with torch.inference_mode():
         batch, _ = images.batch(torch.arange(len(images)))

@@ -1,7 +1,7 @@
-"""Writes the tables of the READMEs from what they describe.
+"""Write the tables of the READMEs from what they describe.
 
 python -m tools.readme           rewrites the tables
-python -m tools.readme --check   says which file is out of date, exit code 1
+python -m tools.readme --check   says which file is out of date; the exit code is then 1
 """
 
 import argparse
@@ -16,7 +16,7 @@ FILES = ("README.md", "README.zh-CN.md", "docs/results/README.md")
 
 
 def recipes_table() -> str:
-    """The recipes with parameters and published errors."""
+    """Return the recipes with their parameters and published errors."""
     lines = ["| `-m` | parameters | authors | bearpaw | flags |", "|---|---|---|---|---|"]
     for recipe in load_recipes().values():
         lines.append(
@@ -27,40 +27,43 @@ def recipes_table() -> str:
 
 
 def flags_table() -> str:
-    """Every flag of the parser, group by group."""
+    """Return every flag of the parser, group by group."""
     parser = build_parser()
     formatter = parser._get_formatter()
-    lines = []
+    lines: list[str] = []
     for group in parser._action_groups:
         actions = [
-            a for a in group._group_actions if a.help != argparse.SUPPRESS and a.dest != "help"
+            action
+            for action in group._group_actions
+            if action.help != argparse.SUPPRESS and action.dest != "help"
         ]
-        if not actions:
-            continue
-        lines += ["", f"**{group.title}**", "", "| flag | meaning |", "|---|---|"]
-        for action in actions:
-            names = ", ".join(action.option_strings)
-            value = (
-                ""
-                if action.nargs == 0
-                else " "
-                + formatter._format_args(
-                    action, formatter._get_default_metavar_for_optional(action)
-                )
-            )
-            meaning = formatter._expand_help(action).replace("<", "&lt;").replace("|", "\\|")
-            lines.append(f"| `{names}{value}` | {meaning} |".replace("FILE|auto", "FILE\\|auto"))
+        if actions:
+            lines += ["", f"**{group.title}**", "", "| flag | meaning |", "|---|---|"]
+            lines += [_flag_row(action, formatter) for action in actions]
     return "\n".join(lines).strip()
+
+
+def _flag_row(action: argparse.Action, formatter: argparse.HelpFormatter) -> str:
+    """Return the row of a flag: its spellings, its value and its help text."""
+    flag = ", ".join(action.option_strings)
+    if action.nargs != 0:
+        metavar = formatter._get_default_metavar_for_optional(action)
+        flag += f" {formatter._format_args(action, metavar)}"
+    # A bar would end the cell, and what looks like a tag would not be seen.
+    meaning = formatter._expand_help(action).replace("<", "&lt;").replace("|", "\\|")
+    return f"| `{flag}` | {meaning} |".replace("FILE|auto", "FILE\\|auto")
 
 
 TABLES = {"recipes": recipes_table, "flags": flags_table, "results": results.table}
 
 
 def updated(text: str) -> str:
-    """The text with every marked table made anew.
+    """Return a text with every marked table made anew.
 
-    A table stands between ``<!-- name: begin ... -->`` and ``<!-- name: end -->``; a file need not
-    have all of them.
+    A table stands between ``<!-- name: begin ... -->`` and ``<!-- name: end -->``.
+
+    Args:
+        text: The content of a file, which need not have all tables.
     """
     for name, table in TABLES.items():
         begin, end = text.find(f"<!-- {name}: begin"), text.find(f"<!-- {name}: end")
@@ -71,7 +74,7 @@ def updated(text: str) -> str:
 
 
 def main() -> int:
-    """Rewrite, or check."""
+    """Rewrite the tables, or check them, and return the exit code."""
     parser = argparse.ArgumentParser(description="Write the tables of the READMEs.")
     parser.add_argument("--check", action="store_true", help="change nothing, report only")
     check = parser.parse_args().check

@@ -2,7 +2,7 @@
 
 python -m tools.results add RUN_FOLDER     copies log.txt and metrics.jsonl, makes result.json
 python -m tools.results table              prints the table that tools/readme.py puts into READMEs
-python -m tools.results state RUN_FOLDER   how far a run has come; exit code 1 where not to its end
+python -m tools.results state RUN_FOLDER   says how far a run has come; exit code 1 before its end
 """
 
 import argparse
@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from utils.config.args import MODEL_FLAGS, build_parser, parse_args
 from utils.config.recipes import Recipe, load_recipes
 from utils.errors import UserError, command
 from utils.files import ROOT, write_text
@@ -30,8 +31,8 @@ RE_ENCODED = (
     "pixels may differ a little."
 )
 
-# Options that say where things lie and what is reported: they change no result.
-SILENT = {
+# Options that say where files are and what is reported. They change no result.
+_WITHOUT_EFFECT = {
     "help", "dataset", "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint",
     "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id",
     "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
@@ -39,10 +40,12 @@ SILENT = {
 
 
 def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What args.json and metrics.jsonl of a run folder hold; no rows before the first epoch.
+    """Return what args.json and metrics.jsonl of a run folder hold.
+
+    There are no rows of metrics before the end of the first epoch.
 
     Raises:
-        UserError: the folder holds no run.
+        UserError: The folder holds no run.
     """
     try:
         about = json.loads((folder / "args.json").read_text())
@@ -55,15 +58,18 @@ def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         ) from error
 
 
-def beyond(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
-    """The flags by which a run differs from its recipe, other than those that change no result."""
-    from utils.config.args import build_parser, parse_args  # imports torch; the state needs none
+def flags_beside(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
+    """Return the flags by which a run differs from its recipe, but for those without effect.
 
-    usual = vars(parse_args(recipe.flags))
+    Args:
+        recipe: The recipe.
+        options: The options of the run.
+    """
+    usual = parse_args(recipe.flags).options()
     words: list[str] = []
     for action in build_parser()._actions:
         value = options.get(action.dest, usual.get(action.dest))
-        if action.dest in SILENT or value == usual[action.dest]:
+        if action.dest in _WITHOUT_EFFECT or value == usual[action.dest]:
             continue
         words.append(min((s for s in action.option_strings if s.startswith("--")), key=len))
         if action.nargs != 0:
@@ -72,21 +78,22 @@ def beyond(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
 
 
 def summary(folder: Path, images: str | None) -> dict[str, Any]:
-    """The content of result.json.
+    """Return the content of result.json.
 
     Args:
-        folder: of the run.
-        images: the data set whose published figures a folder of images is compared with.
+        folder: The run folder.
+        images: The data set whose published figures a folder of images is compared with.
 
     Raises:
-        UserError: no run, not a recipe's, not trained to its end, or without a test accuracy.
+        UserError: There is no run, or none of a recipe, or it is not trained to its end, or it has
+            no test accuracy.
     """
-    from utils.config.args import model_arguments_of
-    from utils.config.recipes import run_name
+    from utils.checkpoint.run_dir import run_name  # Imports torch, which the state does not need.
 
     about, rows = read_run(folder)
     options = about["options"]
-    name = run_name(options["arch"], model_arguments_of(argparse.Namespace(**options)))
+    arguments = {name: options[name] for name in MODEL_FLAGS if options[name] is not None}
+    name = run_name(options["arch"], arguments)
     recipe = load_recipes().get(name)
     if recipe is None:
         raise UserError(f"{folder}: {name} is no recipe; ./launcher.sh --list shows them")
@@ -112,7 +119,7 @@ def summary(folder: Path, images: str | None) -> dict[str, Any]:
         "best_accuracy": max(accuracies),
         "best_epoch": accuracies.index(max(accuracies)) + 1,
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
-        "flags": beyond(recipe, options),
+        "flags": flags_beside(recipe, options),
         "command": about["command"],
         "engine": about["engine"],
         "workers": about["workers"],
@@ -123,10 +130,16 @@ def summary(folder: Path, images: str | None) -> dict[str, Any]:
 
 
 def add(run: Path, results: Path, images: str | None, overwrite: bool) -> Path:
-    """Publish a run; returns its folder among the results.
+    """Publish a run and return its folder among the results.
+
+    Args:
+        run: The run folder.
+        results: The folder of all results.
+        images: The data set whose published figures a folder of images is compared with.
+        overwrite: Whether to replace a result of the same recipe, data set and seed.
 
     Raises:
-        UserError: as ``summary``, or there is one of this recipe, data set and seed already.
+        UserError: As ``summary``, or there is such a result already.
     """
     found = summary(run, images)
     folder = results / found["recipe"] / found["dataset"] / f"seed{found['seed']}"
@@ -141,43 +154,47 @@ def add(run: Path, results: Path, images: str | None, overwrite: bool) -> Path:
 
 
 def table(results: Path = FOLDER) -> str:
-    """All published results beside the published figures of others, in the recipes' order."""
+    """Return our results beside the published figures of others, in the order of the recipes."""
     recipes = load_recipes()
     found = [json.loads(path.read_text()) for path in results.glob("*/*/seed*/result.json")]
     if not found:
         return NONE_YET
-    names = list(recipes)
-    found.sort(key=lambda r: (names.index(r["recipe"]), r["dataset"], r["seed"]))
+    order = list(recipes)
+    found.sort(key=lambda r: (order.index(r["recipe"]), r["dataset"], r["seed"]))
     lines = [
         "| `-m` | data set | last | best | authors | bearpaw | seed | minutes | command |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for result in found:
-        recipe = recipes[result["recipe"]]
-        published = [_published(text, result["compared_with"]) for text in
-                     (recipe.authors, recipe.bearpaw)]  # fmt: skip
-        flags = shlex.join(result["flags"])
-        command = f"-m {recipe.name} -d {result['dataset']}" + (f" -- {flags}" if flags else "")
-        device = ", ".join(result["machine"]["gpus"][: result["workers"]]) or "CPU"
-        errors = [f"{100 - result[key]:.2f}" for key in ("last_accuracy", "best_accuracy")]
-        cells = [
-            recipe.name, result["dataset"], *errors, *published, str(result["seed"]),
-            f"{result['minutes']:.1f} ({device})", f"`{command}`",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
+    lines += [_row(result, recipes[result["recipe"]]) for result in found]
     folders = any(result["dataset"] == "folder" for result in found)
     return "\n".join([*lines, "", LEGEND, *([RE_ENCODED] if folders else [])])
 
 
+def _row(result: Mapping[str, Any], recipe: Recipe) -> str:
+    """Return the table's row of a result."""
+    errors = [f"{100 - result[key]:.2f}" for key in ("last_accuracy", "best_accuracy")]
+    published = [
+        _published(figures, result["compared_with"]) for figures in (recipe.authors, recipe.bearpaw)
+    ]
+    device = ", ".join(result["machine"]["gpus"][: result["workers"]]) or "CPU"
+    flags = shlex.join(result["flags"])
+    command = f"-m {recipe.name} -d {result['dataset']}" + (f" -- {flags}" if flags else "")
+    cells = [
+        recipe.name, result["dataset"], *errors, *published, str(result["seed"]),
+        f"{result['minutes']:.1f} ({device})", f"`{command}`",
+    ]  # fmt: skip
+    return f"| {' | '.join(cells)} |"
+
+
 def _published(figures: str, dataset: str) -> str:
-    """The one for a data set out of "CIFAR-10 / CIFAR-100"."""
+    """Return the one for a data set of the figures "CIFAR-10 / CIFAR-100"."""
     if figures == "-" or dataset not in ("cifar10", "cifar100"):
         return "-"
     return figures.split(" / ")[dataset == "cifar100"]
 
 
 def state(run: Path) -> tuple[str, bool]:
-    """How far a run has come, in words, and whether it is at its end."""
+    """Return how far a run has come, in words, and whether it is at its end."""
     if not (run / "args.json").exists():
         return "not begun", False
     about, rows = read_run(run)
@@ -191,7 +208,7 @@ def state(run: Path) -> tuple[str, bool]:
 
 @command
 def main() -> int:
-    """The command line; see the module's docstring."""
+    """Run the command line of the module's docstring and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     commands = parser.add_subparsers(dest="command", required=True)

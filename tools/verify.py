@@ -2,11 +2,11 @@
 
     ./launcher.sh --verify
 
-Trains small networks several times, in double precision, and compares the loss of every step, the
-final parameters and the evaluation: one process against several workers of each engine, a run that
-is killed and resumed against one that nobody touched, and one that goes on with another number of
-workers. One line a check; exit code 1 if one fails. --plant MISTAKE plants a mistake that other
-projects have made into the runs that are checked, and must make a check fail.
+This trains small networks several times, in double precision, and compares the loss of every step,
+the final parameters and the evaluation: one process against several workers of each engine, a run
+that is killed and resumed against one that nobody touched, and one that goes on with another number
+of workers. Every check prints a line; the exit code is 1 if one fails. --plant MISTAKE injects a
+mistake that other projects have made into the runs that are checked, and must make a check fail.
 
 Where PyTorch sees GPUs, all of it happens on them, and CUDA graphs are compared with eager steps,
 too; with CUDA_VISIBLE_DEVICES= the CPU is proved. What the machine is too small for is named.
@@ -29,7 +29,7 @@ import torch
 
 from tools.commands import SCRIPTS, clean_environment, engine_command, has_horovod
 from tools.fault_injection import MISTAKES
-from utils.checkpoint import format as checkpoint
+from utils.checkpoint.format import LATEST, load
 from utils.files import ROOT
 
 FAILED = 1
@@ -38,12 +38,15 @@ COMMON = [
     "--epochs", "2", "--schedule", "1", "--dtype", "float64", "--tf32", "off", "--graph", "off",
     "--overwrite",
 ]  # fmt: skip
-# A graph's learning rate is a tensor of float32, the only one that the fused update on GPUs takes:
-# both rates of a run are numbers that float32 holds exactly.
+# A graph's learning rate is a tensor of float32, the only one that the fused update on GPUs takes.
+# So both rates of a run are numbers that float32 holds exactly.
 ALEXNET = [*COMMON, "-a", "alexnet", "--lr", "0.0625", "--gamma", "0.5"]
-SYNCED = [*COMMON, *"-a wrn --depth 10 --widen-factor 1 --drop 0.3 --sync-bn".split(),
-          "--lr", "0.125", "--gamma", "0.5"]  # fmt: skip
-# More steps: NCCL's graph is captured at the twelfth, and replayed with a smaller batch in between.
+SYNCED = [
+    *COMMON, "-a", "wrn", "--depth", "10", "--widen-factor", "1", "--drop", "0.3", "--sync-bn",
+    "--lr", "0.125", "--gamma", "0.5",
+]  # fmt: skip
+# GPUs train more steps: NCCL's graph is captured at the twelfth, and replayed with a smaller batch
+# in between.
 GRAPH = ["--graph", "on"]
 ON_GPUS = ["--train-size", "997"]
 # Doubles round by 1e-16. Sums in another order, of engines and algorithms, differ by so much, which
@@ -51,7 +54,7 @@ ON_GPUS = ["--train-size", "997"]
 # is left for other processors. The mistakes that are looked for move parameters by more than 1e-3,
 # or the accuracy. TF32 plays no part in doubles; it is off all the same.
 ROUNDING, SYNCED_ROUNDING = 1e-9, 1e-7
-LONGEST = 300  # seconds of a run
+LONGEST = 300  # The seconds that a run may take.
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,10 @@ class Group:
     """Workers that train together.
 
     Attributes:
-        name: for the lines that are printed.
-        engine: of them.
-        most: how many there may be.
-        settings: for their environment.
+        name: Their name in the lines that are printed.
+        engine: Their engine: "serial", "dist" or "horovod".
+        most: The largest number of them.
+        settings: Variables for their environment.
     """
 
     name: str = "one process"
@@ -73,7 +76,13 @@ class Group:
 
 @dataclass
 class Run:
-    """What a run has left: loss of every step, weights, momentum, validation accuracies."""
+    """What a run has left.
+
+    Attributes:
+        losses: The loss of every step.
+        state: The content of the last checkpoint.
+        accuracies: The validation accuracy of every epoch, as log.txt has it.
+    """
 
     losses: list[float]
     state: dict[str, Any]
@@ -84,10 +93,10 @@ class Runner:
     """Starts the runs in a folder of their own.
 
     Args:
-        folder: for run folders and traces.
-        mistake: to plant into the runs that are checked, or "none".
-        on_gpus: let them see the GPUs.
-        program: what plants a mistake and trains.
+        folder: The folder of run folders and traces.
+        mistake: The mistake to inject into the runs that are checked, or "none".
+        on_gpus: Whether the runs may see the GPUs.
+        program: The script that injects a mistake and trains, and its first arguments.
     """
 
     def __init__(
@@ -97,6 +106,7 @@ class Runner:
         on_gpus: bool,
         program: tuple[str, ...] = (str(ROOT / "tools" / "fault_injection.py"),),
     ) -> None:
+        """Start nothing yet."""
         self.folder = folder
         self.mistake = mistake
         self.program = program
@@ -111,7 +121,17 @@ class Runner:
     def run(
         self, flags: list[str], group: Group, workers: int, mistake: str, into: Path | None = None
     ) -> Path:
-        """Train; returns the run folder. The exit code is not looked at: runs get killed."""
+        """Train and return the run folder.
+
+        The exit code does not matter: some runs get killed.
+
+        Args:
+            flags: The flags for the script.
+            group: The workers.
+            workers: Their number.
+            mistake: The mistake or fault to inject, or "none".
+            into: The run folder, if it is not to be a new one.
+        """
         self.count += 1
         folder = into or self.folder / str(self.count)
         script = SCRIPTS[group.engine].removesuffix(".py")
@@ -129,7 +149,7 @@ class Runner:
         return folder
 
     def reference(self, flags: list[str], group: Group = Group(), workers: int = 1) -> Run | None:
-        """A run without any mistake, to compare with; None, and a line, where it fails."""
+        """Return a run without any mistake, to compare with; None, after a line, if it fails."""
         try:
             return self.result(self.run(flags, group, workers, "none"))
         except RuntimeError as error:
@@ -137,24 +157,24 @@ class Runner:
             return None
 
     def checked(self, flags: list[str], group: Group, workers: int) -> Run:
-        """A run that is checked: with the mistake, if one is planted."""
+        """Return a run that is checked, with the mistake, if there is one."""
         return self.result(self.run(flags, group, workers, self.mistake))
 
     def killed(self, flags: list[str], group: Group, workers: int, step: int) -> Path:
-        """The folder of a run that has been killed after some steps; it saves after each."""
+        """Return the folder of a run that was killed after some steps; it saves after each."""
         return self.run([*flags, "--save-every", "1"], group, workers, f"kill-{step}")
 
     def resumed(self, killed: Path, flags: list[str], group: Group, workers: int) -> Run:
-        """A killed run that goes on, with as many workers or others; its folder stays.
+        """Continue a copy of a killed run, with as many workers or others, and return it.
 
         Raises:
-            RuntimeError: it has not been killed after a save, or does not finish now.
+            RuntimeError: It was not killed after a save, or does not finish now.
         """
-        if not (killed / checkpoint.LATEST).exists():
+        if not (killed / LATEST).exists():
             raise RuntimeError("the run to go on with has not been killed after a save")
         folder = self.folder / f"resumed-{self.count}"
         shutil.copytree(killed, folder)
-        (folder / "trace.json").unlink(missing_ok=True)  # of a run that was not killed in time
+        (folder / "trace.json").unlink(missing_ok=True)  # Left if it was not killed in time.
         flags = [flag for flag in flags if flag != "--overwrite"]
         more = ["--save-every", "1", "--resume", "auto"]
         return self.result(self.run([*flags, *more], group, workers, self.mistake, into=folder))
@@ -163,14 +183,15 @@ class Runner:
         """Read what the last run has left.
 
         Raises:
-            RuntimeError: it has not finished, or has gone on without a graph; has its words.
+            RuntimeError: It has not finished, or has gone on without a graph. The message is what
+                the run has said.
         """
         for line in self.last.stdout.splitlines():
             if "warning: --graph" in line:
                 raise RuntimeError(line)
         try:
             trace = json.loads((folder / "trace.json").read_text())
-            state = checkpoint.load(folder / checkpoint.LATEST)
+            state = load(folder / LATEST)
             rows = (folder / "log.txt").read_text().splitlines()[1:]
         except Exception as error:
             words = (self.last.stderr or self.last.stdout).strip().splitlines()
@@ -180,22 +201,30 @@ class Runner:
 
 
 def compare(one: Run, other: Run, tolerance: float) -> tuple[bool, str]:
-    """Whether two runs agree, and in words how far they differ and from which step on."""
+    """Compare two runs.
+
+    Args:
+        one: A run from its start.
+        other: Another one, which may have the last steps only.
+        tolerance: The largest difference of losses and parameters that is allowed.
+
+    Returns:
+        Whether they agree, and in words how far they differ and from which step on.
+    """
     if not other.losses:
         return False, "it has trained no step"
     steps = list(zip(reversed(one.losses), reversed(other.losses), strict=False))
-    gaps = [abs(a - b) for a, b in reversed(steps)]  # a resumed run has its last steps only
+    gaps = [abs(a - b) for a, b in reversed(steps)]
     offset = len(one.losses) - len(gaps)
     first = next((offset + k for k, gap in enumerate(gaps) if not gap <= tolerance), None)
-    tensors = {**one.state["state_dict"], **_momentum(one.state)}
-    others = {**other.state["state_dict"], **_momentum(other.state)}
+    tensors, others = _tensors_of(one), _tensors_of(other)
     if tensors.keys() != others.keys():
         return False, f"only one of them has {min(tensors.keys() ^ others.keys())}"
-    worst = max(
-        (float((tensor.double() - others[name].double()).abs().max()) for name, tensor in
-         tensors.items()),
-        default=0.0,
-    )  # fmt: skip
+    differences = (
+        float((tensor.double() - others[name].double()).abs().max())
+        for name, tensor in tensors.items()
+    )
+    worst = max(differences, default=0.0)
     words = f"loss differs by {max(gaps, default=0.0):.1e}, parameters by {worst:.1e}"
     if first is not None:
         words += f", first at step {first}"
@@ -205,20 +234,27 @@ def compare(one: Run, other: Run, tolerance: float) -> tuple[bool, str]:
     return first is None and worst <= tolerance and same_scores, words
 
 
-def _momentum(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    entries = state["optimizer"]["state"].items()
-    return {f"momentum of parameter {i}": entry["momentum_buffer"] for i, entry in entries}
+def _tensors_of(run: Run) -> dict[str, torch.Tensor]:
+    """Return parameters, buffers and momentum of a run by name."""
+    entries = run.state["optimizer"]["state"].items()
+    momentum = {f"momentum of parameter {i}": entry["momentum_buffer"] for i, entry in entries}
+    return {**run.state["state_dict"], **momentum}
 
 
 def groups_of(gpus: int, horovod: bool) -> tuple[list[Group], list[str]]:
-    """The groups of a machine with so many GPUs, and in words what cannot be tried on it."""
+    """Return the groups for a machine, and in words what cannot be tried on it.
+
+    Args:
+        gpus: The number of its GPUs; 0 for a proof on the CPU.
+        horovod: Whether Horovod is installed.
+    """
     most = 2 if gpus == 2 else 3
     groups = [Group("dist", "dist", most), Group("horovod", "horovod", most)]
     left_out = ["two GPUs: groups of three workers are left out"] if gpus == 2 else []
     if gpus == 1:
-        # NCCL does not let two ranks share a GPU, Gloo does.
-        share = {"CIFAR_SHARE_GPU": "1"}
-        groups = [Group("dist over Gloo on one GPU", "dist", most, share)]
+        # NCCL does not let two ranks use one GPU, Gloo does.
+        settings = {"CIFAR_SHARE_GPU": "1"}
+        groups = [Group("dist over Gloo on one GPU", "dist", most, settings)]
         left_out = ["one GPU: NCCL between GPUs, and Horovod, are left out"]
     elif not horovod:
         groups.pop()
@@ -230,16 +266,24 @@ class Checks:
     """Compares runs, and prints a line for each comparison.
 
     Attributes:
-        caught: the names of those that have failed.
+        caught: The names of those that have failed.
     """
 
     def __init__(self) -> None:
+        """Start without any comparison."""
         self.caught: list[str] = []
 
     def __call__(
         self, name: str, tolerance: float, reference: Run | None, run: Callable[[], Run]
     ) -> Run | None:
-        """Run what is checked and compare it; returns it, if it has finished."""
+        """Run what is checked, compare it, and return it, if it has finished.
+
+        Args:
+            name: What is checked.
+            tolerance: The largest difference that is allowed.
+            reference: The run to compare with; None if that has failed.
+            run: Starts what is checked.
+        """
         done = None
         try:
             if reference is None:
@@ -255,7 +299,12 @@ class Checks:
 
 
 def verify(runner: Runner, gpus: int) -> list[str]:
-    """Run all checks, print a line each; returns the names of those that fail."""
+    """Run all checks, each of which prints a line, and return the names of those that fail.
+
+    Args:
+        runner: Starts the runs.
+        gpus: The number of GPUs; 0 for a proof on the CPU.
+    """
     groups, left_out = groups_of(gpus, has_horovod())
     for line in left_out:
         print(f"note: {line}", flush=True)
@@ -282,7 +331,7 @@ def verify(runner: Runner, gpus: int) -> list[str]:
             partial(runner.checked, SYNCED, group, 2),
         )
         flags, untouched = ALEXNET, several[0]
-        if gpus:  # whose algorithms repeat themselves bit for bit on demand only
+        if gpus:  # Their algorithms repeat themselves bit for bit on demand only.
             flags = [*ALEXNET, "--deterministic"]
             untouched = runner.reference(flags, group, 2)
         killed[group.name] = runner.killed(flags, group, 2, step=3)
@@ -306,7 +355,15 @@ def verify(runner: Runner, gpus: int) -> list[str]:
 def check_graphs(
     check: Checks, runner: Runner, gpus: int, alone: Run | None, synced: Run | None
 ) -> None:
-    """CUDA graphs against eager steps, and NCCL inside them."""
+    """Check CUDA graphs against eager steps, and NCCL inside them.
+
+    Args:
+        check: Compares.
+        runner: Starts the runs.
+        gpus: The number of GPUs.
+        alone: One process without batch norm, to compare with; None if that has failed.
+        synced: One process with batch norm and dropout, likewise.
+    """
     serial = Group()
     most = min(gpus, 2)
     nccl = Group("dist over NCCL", "dist", most, {"CIFAR_KEEP_DDP": "1"})
@@ -343,7 +400,7 @@ def check_graphs(
         synced,
         partial(runner.checked, [*SYNCED, *GRAPH], nccl, most),
     )
-    # The smaller last batch is a step beside the graph, after warm-up, recording and replays.
+    # The smaller last batch trains beside the graph, after warm-up, recording and replays.
     killed = runner.killed([*ALEXNET, *GRAPH], serial, 1, step=4)
     check(
         "killed under a graph and resumed trains as untouched",
@@ -354,10 +411,12 @@ def check_graphs(
 
 
 def main() -> int:
-    """Parse, verify; returns the exit code."""
+    """Verify as the command line says and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--plant", choices=sorted(MISTAKES), default="none", metavar="MISTAKE",
-                        help=f"plant one of {', '.join(sorted(MISTAKES))}")  # fmt: skip
+    parser.add_argument(
+        "--plant", choices=sorted(MISTAKES), default="none", metavar="MISTAKE",
+        help=f"plant one of {', '.join(sorted(MISTAKES))}",
+    )  # fmt: skip
     options = parser.parse_args()
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if gpus:
