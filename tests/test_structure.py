@@ -108,3 +108,12 @@ def test_other_code_has_another_fingerprint(tmp_path, name):
     with (tmp_path / name).open("a") as source:
         source.write("# changed\n")
     assert code_fingerprint(tmp_path) != before
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="these files are no clone")
+def test_git_ignores_no_source(run):
+    """A pattern for the folders that runs leave must not hide a package of the same name."""
+    folders = sorted({path.parent.relative_to(ROOT) for path in SOURCES})
+    assert Path("utils/data") in folders
+    result = run(["git", "check-ignore", "--no-index", *(f / "new_module.py" for f in folders)])
+    assert (result.returncode, result.stdout) == (1, ""), result.stdout + result.stderr
