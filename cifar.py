@@ -6,7 +6,7 @@ The same:        torchrun --nproc_per_node=2 cifar.py -a alexnet
 From a recipe:   ./launcher.sh -m alexnet -n 2 -d cifar10 -f dist
 
 ``run`` is the whole program; cifar_horovod.py is the same program with the other engine. Every
-worker runs all of it. A line that communicates says so: on the right stands what it does.
+worker runs all of it. A comment at the end of a line names its communication.
 """
 
 import os
@@ -19,12 +19,11 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH
 from utils.checkpoint.manager import CheckpointManager
 from utils.checkpoint.restore import restore_training_state
 from utils.checkpoint.resume import find_checkpoint
-from utils.checkpoint.run_dir import claim_run_dir
+from utils.checkpoint.run_dir import claim_run_dir, run_folder
 from utils.checkpoint.train_state import TrainState
 from utils.config.schema import Config
 from utils.distributed.comm import Comm
 from utils.distributed.consistency import check_consistency
-from utils.distributed.ddp import DDPComm
 from utils.launch.heartbeat import Heartbeat
 from utils.metrics.run_log import RunLog
 from utils.runtime import device
@@ -53,21 +52,19 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     device.configure(config.hardware, config.train.seed)
     config = config.replace(hardware=resolve_precision(config.hardware, comm))  # broadcast
     build.check_model_fits(config, comm)
-    folder = build.run_folder(config)
+    folder = run_folder(config.run, config.model, config.data.dataset)
     loaded = find_checkpoint(config.run, folder, config.options(), comm)  # broadcast
     with comm.local_rank_zero_first():  # barriers: one worker of each node downloads
         dataset = build.dataset(config.data)
     check_consistency(comm, dataset.fingerprint)  # all-reduce
 
     # The sets, the steps of an epoch, and the network.
-    splits = build.splits(dataset, config, comm)  # all-reduce on GPUs: have all room for it?
+    splits = build.splits(dataset, config, comm)  # all-reduce, on GPUs: has each one room?
     plan = build.plan(config, len(splits.train), comm)
-    model, memory_format = build.model(  # broadcast of the memory format
-        config, len(dataset.classes), splits, loaded, comm
-    )
+    model, memory_format = build.model(config, dataset, splits, loaded, comm)  # broadcast
     evaluator = build.evaluator(model, config, comm)
     if config.run.evaluate:
-        evaluate_checkpoint(  # all-reduce
+        evaluate_checkpoint(  # all-reduces: batch-norm statistics, metrics
             evaluator, splits.test, loaded, dataset.classes, config.run.per_class
         )
         return
@@ -78,10 +75,11 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         )  # fmt: skip
         return
 
-    # Where training starts, and the optimizer. From here on backward averages the gradients.
+    # Where training starts, and the optimizer.
     state = TrainState.start(config.train, loaded, plan.fingerprint(config.data.dataset))
     recorder = build.recorder(config, splits.train.storage_device, comm)
     stack.enter_context(on_stream(recorder))
+    # From here on backward averages the gradients over the workers.
     wrapped, optimizer = build.optimizer(  # broadcast of rank 0's parameters
         model, plan.schedule.base, recorder, config, comm
     )
@@ -99,10 +97,11 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         config.model, config.data, config.train, config.hardware, model=model, dataset=dataset,
         plan=plan, memory_format=memory_format, folder=folder, comm=comm,
     )  # fmt: skip
+    build.log_graph_obstacles(config, splits.train.storage_device, comm)
     summary.log_origin(loaded, state, config.options(), comm.world_size)
 
     # Epochs of steps.
-    loop = build.train_loop(  # all-reduce of a step without effect, with three workers or more
+    loop = build.train_loop(  # all-reduces of a dry run, with three DDP workers or more
         wrapped, optimizer, splits.train, plan, recorder, config, comm
     )
     stack.callback(loop.close)
@@ -110,7 +109,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         loop, evaluator, splits.validation, state, checkpoints, run_log, heartbeat, config.train,
         config.gradient_sync, config.run,
     )  # fmt: skip
-    trainer.fit()  # all-reduces: gradients, signals, metrics, batch-norm statistics
+    trainer.fit()  # all-reduces: gradients, signals, metrics, statistics; broadcast: checksums
     run_log.close()
     if config.run.trace:
         loop.times.write(Path(config.run.trace), comm)  # all-reduce
@@ -118,4 +117,6 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
 
 
 if __name__ == "__main__":
-    exit_process(run_worker(DDPComm, run))
+    from utils.distributed.ddp import DDPComm
+
+    exit_process(run_worker(DDPComm, run))  # connects the workers, and closes at the end

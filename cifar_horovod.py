@@ -17,4 +17,4 @@ from utils.distributed.horovod import HorovodComm
 from utils.runtime.exit_codes import exit_process, run_worker
 
 if __name__ == "__main__":
-    exit_process(run_worker(HorovodComm, run))
+    exit_process(run_worker(HorovodComm, run))  # connects the workers, and closes at the end

@@ -19,6 +19,7 @@ import torch
 
 from bench.common import Result, Settings, measure, process_environment
 from tools.commands import engine_class, engine_command, has_horovod
+from utils import log
 from utils.files import write_text
 from utils.runtime.exit_codes import exit_process
 
@@ -122,7 +123,8 @@ def _group(
 
 def work(script: str, path: Path, scale: float) -> None:
     """Send each size several times as one worker; rank 0 writes how long it took."""
-    comm = engine_class(script).join()
+    comm = engine_class(script).join(timeout=600)
+    log.set_rank(comm.rank)
     found = []
     for size in SIZES:
         tensor = torch.zeros(size // 4, device=comm.device)

@@ -169,7 +169,7 @@ class Worker:
         """Return the next line; None at the end.
 
         Raises:
-            queue.Empty: None has come in so many seconds.
+            queue.Empty: None has come in this time.
         """
         return self.lines.get(timeout=max(0.0, seconds))
 

@@ -164,7 +164,7 @@ def parse(argv: Sequence[str] | None) -> Config:
     """Return the configuration of a command line.
 
     Raises:
-        UserError: cifar.py has no such flag, or this script has not.
+        UserError: cifar.py has no such flag or network, or this script has no such flag.
     """
     parser = build_parser()
     parser.set_defaults(workers=2)
@@ -174,7 +174,10 @@ def parse(argv: Sequence[str] | None) -> Config:
             raise UserError(
                 f"--{name.replace('_', '-')} {value}: the plain script has no such flag"
             )
-    return Config.from_options(options)
+    config = Config.from_options(options)
+    with torch.device("meta"):  # A wrong network is found before anything else.
+        build.network(config.model, classes=10)
+    return config
 
 
 def loaders(

@@ -32,6 +32,7 @@ from bench.common import (
 from bench.step import DIFFERENT, short_epochs
 from bench.training import Training
 from tools.commands import engine_class, engine_command, has_horovod
+from utils import log
 from utils.config.recipes import Recipe, find_recipe
 from utils.distributed.comm import Comm
 from utils.files import write_text
@@ -44,7 +45,7 @@ TURNS = 10  # The turns of each way of training in a group.
 TURN = 0.4  # The seconds of a turn; a step at least.
 # The seconds for all turns of a model in a group; slow steps get fewer turns, but two.
 LONGEST = 15.0
-EPOCHS = 50_000 // (DIFFERENT * BATCH)  # A run of so many is worth a trial of the memory format.
+EPOCHS = 50_000 // (DIFFERENT * BATCH)  # A run this long is worth a trial of the memory format.
 MOST = 4  # The workers of the largest group.
 # The targets: the speed of DDP over that of the same workers apart, and that of Horovod over DDP's.
 OF_APART = {"alexnet": 0.88, "resnet20": 0.95}
@@ -190,7 +191,8 @@ def _group(
 
 def work(script: str, path: Path, scale: float, models: Iterable[str]) -> None:
     """Measure the models as one worker of a group; rank 0 writes what it has measured."""
-    comm = engine_class(script).join()
+    comm = engine_class(script).join(timeout=600)
+    log.set_rank(comm.rank)
     found = {name: measure_model(find_recipe(name), comm, scale) for name in models}
     if comm.is_main_process:
         write_text(path, json.dumps(found))
@@ -208,8 +210,8 @@ def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
         memory_format = trainings[name].memory_format
     for training in trainings.values():
         training.train(2)  # Pays for memory and connections; DDP then chooses other buckets.
-    exchanging = trainings["all-reduce"]
-    once = timed(partial(exchanging.train, 1), comm.device)
+    synced = trainings["all-reduce"]
+    once = timed(partial(synced.train, 1), comm.device)
     steps = comm.all_reduce_max(max(1, round(TURN * scale / once)))
     affordable = int(LONGEST / (len(trainings) * steps * once))
     turns = comm.all_reduce_max(max(2, min(TURNS, affordable)))
@@ -221,7 +223,7 @@ def measure_model(recipe: Recipe, comm: Comm, scale: float) -> Turns:
     seconds = measure({name: partial(turn, one) for name, one in trainings.items()}, turns)
     for training in trainings.values():
         training.close()
-    return Turns(steps * BATCH, median(exchanging.loop.times.data), steps, seconds)
+    return Turns(steps * BATCH, median(synced.loop.times.data), steps, seconds)
 
 
 def table(

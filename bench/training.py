@@ -53,21 +53,20 @@ class Training:
         device.configure(config.hardware, config.train.seed)
         self.splits = build.splits(data, config, comm)
         self.plan = build.plan(config, len(self.splits.train), comm)
-        self.model, self.memory_format = build.model(
-            config, len(data.classes), self.splits, None, comm
-        )
+        self.model, self.memory_format = build.model(config, data, self.splits, None, comm)
         self.evaluator = build.evaluator(self.model, config, comm)
         self.recorder = build.recorder(config, self.splits.train.storage_device, comm)
-        wrapped, self.optimizer = build.optimizer(
-            self.model, self.plan.schedule.base, self.recorder, config, comm
-        )
-        self.loop = build.train_loop(
-            wrapped, self.optimizer, self.splits.train, self.plan, self.recorder, config, comm
-        )
+        with on_stream(self.recorder):
+            wrapped, self.optimizer = build.optimizer(
+                self.model, self.plan.schedule.base, self.recorder, config, comm
+            )
+            self.loop = build.train_loop(
+                wrapped, self.optimizer, self.splits.train, self.plan, self.recorder, config, comm
+            )
         self.signals = SignalHandler(comm, ())
 
     def train(self, steps: int) -> None:
-        """Train one epoch of so many steps, over and over the plan's batches."""
+        """Train one epoch of this many steps, over and over the plan's batches."""
         self.train_on(list(islice(cycle(self.plan.batch_slices), steps)))
 
     def train_on(self, batch_slices: Sequence[tuple[int, int]]) -> None:

@@ -199,7 +199,7 @@ def main() -> int:
         return comm
 
     cls.join = join_with_graphs
-    fault_injection.plant_all(faults)
+    fault_injection.inject_all(faults)
     code = run_worker(cls, run, arguments)
     recorder.report("ending")
     return code

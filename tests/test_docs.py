@@ -30,9 +30,15 @@ def test_every_flag_and_every_file_is_documented(name):
     for action in build_parser()._actions:
         for flag in set(action.option_strings) - hidden:
             assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
-    for path in [*(ROOT / "utils").rglob("*.py"), *ROOT.glob("*.sh"), *ROOT.glob("cifar*.py")]:
-        if path.name != "__init__.py":
-            assert path.name in text, path.name
+    for path in [*ROOT.glob("*.sh"), *ROOT.glob("cifar*.py")]:
+        assert f"`{path.name}`" in text, path.name
+    rows = {line.split("`")[1]: line for line in text.splitlines() if line.startswith("| `utils/")}
+    for path in (ROOT / "utils").rglob("*.py"):
+        if path.name == "__init__.py" or path == ROOT / "utils" / "plot.py":
+            continue
+        wing = path.relative_to(ROOT).parts[1] + "/" if path.parent != ROOT / "utils" else ""
+        name = path.relative_to(ROOT / "utils" / wing)
+        assert f"`{name}`" in rows[f"utils/{wing}"], path
 
 
 @pytest.mark.parametrize("name", READMES)

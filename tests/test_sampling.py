@@ -49,8 +49,8 @@ def test_shards_cover_every_batch_once_and_differ_by_one_image_at_most(workers):
 
 
 def test_a_last_batch_with_fewer_images_than_workers_is_dropped():
-    assert sampling.batch_slices(130, 64, workers=2) == [(0, 64), (64, 128), (128, 130)]
-    assert sampling.batch_slices(130, 64, workers=3) == [(0, 64), (64, 128)]
+    assert sampling.batch_slices(130, 64, least=2) == [(0, 64), (64, 128), (128, 130)]
+    assert sampling.batch_slices(130, 64, least=3) == [(0, 64), (64, 128)]
 
 
 def test_the_validation_split_is_complete_disjoint_and_independent_of_the_seed():

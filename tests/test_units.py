@@ -26,7 +26,7 @@ from utils.metrics.meter import Meter, Metrics
 from utils.metrics.plot import draw, read_log
 from utils.metrics.run_log import LOG_COLUMNS, RunLog
 from utils.metrics.step_times import StepTimes
-from utils.runtime import memory_format
+from utils.runtime import memory_format, precision
 from utils.training import build
 from utils.training.optim import Schedule, build_optimizer, scaled_rate
 
@@ -306,6 +306,25 @@ def test_the_serial_engine_refuses_adasum():
         Comm().prepare(model, build_optimizer(model, 0.1, 0, 0, False), sync)
 
 
+class TestPrecision:
+    @pytest.mark.parametrize("works", [True, False])
+    def test_bf16_that_the_processor_cannot_compute_makes_a_new_configuration(
+        self, monkeypatch, capsys, works
+    ):
+        monkeypatch.setattr(precision, "_cpu_runs_bf16", lambda: works)
+        asked = parse_args(["--amp", "bf16"]).hardware
+        found = precision.resolve_precision(asked, Comm())
+        assert asked.amp == "bf16"
+        assert found.amp == ("bf16" if works else "off")
+        assert replace(found, amp="bf16") == asked
+        assert capsys.readouterr().out.count("warning: --amp bf16: ") == (not works)
+
+    def test_without_bf16_nothing_is_tried(self, monkeypatch):
+        monkeypatch.setattr(precision, "_cpu_runs_bf16", lambda: pytest.fail("tried"))
+        hardware = parse_args([]).hardware
+        assert precision.resolve_precision(hardware, Comm()) is hardware
+
+
 class TestMemoryFormat:
     def test_is_tried_once_and_remembered(self, tmp_path, monkeypatch):
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -355,8 +374,9 @@ class TestMemoryFormat:
         if saved:
             state = {"memory_format": saved, "state_dict": create_model("alexnet").state_dict()}
             loaded = LoadedCheckpoint(tmp_path / "file", state)
-        splits = build.splits(build.dataset(config.data), config, comm)
-        _, found = build.model(config, 10, splits, loaded, comm)
+        dataset = build.dataset(config.data)
+        splits = build.splits(dataset, config, comm)
+        _, found = build.model(config, dataset, splits, loaded, comm)
         assert found == wanted
         assert splits.train.memory_format == memory_format.FORMATS[wanted]
 

@@ -44,7 +44,9 @@ def engine_class(script: str) -> type[Comm]:
 
 
 def engine_command(engine: str, workers: int, *script: str) -> list[str]:
-    """Return the command that starts a script with an engine.
+    """Return the command that starts a script with an engine on this machine, for tools and tests.
+
+    What users start is built by launcher.sh.
 
     Args:
         engine: "serial", "dist" or "horovod".

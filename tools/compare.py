@@ -5,11 +5,10 @@
 This prints a table and writes compare.json and compare.png. Seed, data and global batch are the
 same, so the loss of every step and the final parameters differ by rounding only. Batch norm over
 each worker's shard is the exception: add --sync-bn to compare networks that have it. The time of
-communication is what the same workers save when they exchange nothing.
+communication is what the same workers save when they average nothing.
 """
 
 import argparse
-import importlib.util
 import json
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 
+from tools.commands import engine_command, has_horovod
 from utils.checkpoint.format import LATEST, load
 from utils.config.recipes import Recipe, find_recipe
 from utils.errors import BAD_INPUT, FAILED, command
@@ -38,12 +38,12 @@ class Variant:
     Attributes:
         trace: Loss and times of every step.
         state: The final parameters and buffers.
-        trace_without_exchange: The same of workers that exchange nothing; None for one process.
+        trace_without_sync: The same of workers that average nothing; None for one process.
     """
 
     trace: dict[str, Any]
     state: dict[str, torch.Tensor]
-    trace_without_exchange: dict[str, Any] | None = None
+    trace_without_sync: dict[str, Any] | None = None
 
 
 @command
@@ -96,7 +96,7 @@ def run_variants(recipe: Recipe, options: argparse.Namespace) -> dict[str, Varia
     variants: dict[str, Variant] = {}
     with tempfile.TemporaryDirectory() as folder:
         for engine in ENGINES:
-            if engine == "horovod" and importlib.util.find_spec("horovod") is None:
+            if engine == "horovod" and not has_horovod():
                 print("Horovod is not installed (./setup.sh --horovod): comparing the other two")
                 continue
             trace, state = _train(engine, recipe, options, Path(folder))
@@ -114,8 +114,8 @@ def _train(
     run, trace = folder / "run", folder / "trace.json"
     last = [*options.flags, *more, "-c", str(run), "--overwrite", "--trace", str(trace)]
     if engine == ONE_PROCESS:
-        words = [sys.executable, str(ROOT / "cifar.py"), *recipe.flags, "-d", options.dataset]
-        words += ["--data", str(ROOT / "data"), *last]
+        words = engine_command("serial", 1, str(ROOT / "cifar.py"), *recipe.flags)
+        words += ["-d", options.dataset, "--data", str(ROOT / "data"), *last]
     else:
         words = [str(ROOT / "launcher.sh"), "-m", recipe.name, "-n", str(options.workers)]
         words += ["-d", options.dataset, "-f", engine, "--", *last]
@@ -133,9 +133,9 @@ def summarise(variants: Mapping[str, Variant]) -> dict[str, Any]:
 
 
 def _summary_of(variant: Variant, base: Variant) -> dict[str, Any]:
-    trace, alone = variant.trace, variant.trace_without_exchange or variant.trace
+    trace, alone = variant.trace, variant.trace_without_sync or variant.trace
     data, compute = _usual_seconds(trace, "data"), _usual_seconds(trace, "compute")
-    without_exchange = _usual_seconds(alone, "compute")
+    without_sync = _usual_seconds(alone, "compute")
     step = data + compute
     differences = _loss_differences(variant, base)
     worst = max(range(len(differences)), key=differences.__getitem__)
@@ -144,8 +144,8 @@ def _summary_of(variant: Variant, base: Variant) -> dict[str, Any]:
         "steps": len(differences),
         "images_per_second": trace["global_batch"][0] / step,
         "share_data": data / step,
-        "share_compute": min(without_exchange, compute) / step,
-        "share_communication": max(0.0, compute - without_exchange) / step,
+        "share_compute": min(without_sync, compute) / step,
+        "share_communication": max(0.0, compute - without_sync) / step,
         "largest_loss_difference": differences[worst],
         "at_step": worst,
         "largest_parameter_difference": max(

@@ -18,7 +18,7 @@ from utils.training import build
 
 TRAIN_IMAGES = 50_000
 KERNEL_SECONDS = 2.2e-6  # The time of one kernel in a graph.
-KERNELS_PER_PARAMETER = 3  # A step has so many for each tensor: forward, backward and update.
+KERNELS_PER_PARAMETER = 3  # A step has this many for each tensor: forward, backward and update.
 FLOPS_PER_SECOND = 300e12  # Wide networks reach this.
 
 

@@ -293,7 +293,7 @@ FAULTS: dict[str, Callable[[], None]] = {
 }
 
 
-def plant(mistake: str) -> None:
+def inject(mistake: str) -> None:
     """Inject one mistake or fault.
 
     Args:
@@ -312,11 +312,11 @@ def plant(mistake: str) -> None:
         MISTAKES[mistake]()
 
 
-def plant_all(mistakes: str) -> None:
+def inject_all(mistakes: str) -> None:
     """Inject all that is joined by +; a fault does not happen again in a job that is restarted."""
     for mistake in mistakes.split("+"):
         if mistake in MISTAKES or not launcher_restart_count():
-            plant(mistake)
+            inject(mistake)
 
 
 def arguments() -> list[str]:
@@ -327,7 +327,7 @@ def arguments() -> list[str]:
 def main() -> int:
     """Inject the mistakes, run the script and return the exit code."""
     mistakes, script, *rest = arguments()
-    plant_all(mistakes)
+    inject_all(mistakes)
     return run_worker(engine_class(script), run, rest)
 
 

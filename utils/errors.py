@@ -28,6 +28,12 @@ def one_line(text: str, most: int = 400) -> str:
     return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
 
 
+def reason_of(error: BaseException) -> str:
+    """Return why something has failed, in a few words: the system's, else the exception's own."""
+    lines = str(error).strip().splitlines()
+    return getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
+
+
 class UserError(Exception):
     """Bad input. The message is one line that names the flag, its value and the remedy.
 

@@ -1,4 +1,4 @@
-"""The lines that a run prints: on rank 0 alone, whichever module calls.
+"""The lines that a run prints: after ``set_rank`` on rank 0 alone, whichever module calls.
 
 A line goes to standard output as it is, because people and programs read log files of runs by their
 lines. What ends a run is another matter; utils/runtime/exit_codes.py prints it to standard error.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models import identify
 from utils import log
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 
 FORMAT = 2
 LATEST = "checkpoint.pth.tar"
@@ -92,7 +92,7 @@ def _unpickled(content: bytes, path: Path, flag: str, trust: bool) -> Any:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
     except Exception as error:
-        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        why = reason_of(error)
         if "weights_only" in str(error) or "Weights only" in str(error):
             why = (
                 "damaged, or reading it would run code in it: --trust-checkpoint allows that for "

@@ -22,7 +22,7 @@ from utils.checkpoint.format import (
 from utils.checkpoint.restore import load_buffers, load_model, load_optimizer
 from utils.checkpoint.train_state import TrainState
 from utils.distributed.comm import Comm
-from utils.errors import NotFinite
+from utils.errors import NotFinite, reason_of
 from utils.files import replace_by_link, write_atomically
 from utils.runtime.provenance import versions
 
@@ -95,7 +95,7 @@ class CheckpointManager:
         except (OSError, RuntimeError) as error:  # The latter is torch's word for a full disk.
             self.failed = True
             log.warning(
-                f"{self.path} cannot be written ({_reason(error, self.folder)}); "
+                f"{self.path} cannot be written ({_reason_and_space(error, self.folder)}); "
                 "the files of the last save stay, training goes on to the next"
             )
 
@@ -103,6 +103,10 @@ class CheckpointManager:
         """Return the newest good checkpoint of the run, on every rank; None before the first save.
 
         Rank 0 reads it and broadcasts its bytes.
+
+        Raises:
+            UserError: On rank 0, where there are checkpoints and all are damaged.
+            PeerFailed: On the other ranks, in this case.
         """
 
         def read_newest() -> bytes:
@@ -162,8 +166,8 @@ def with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def _reason(error: Exception, folder: Path) -> str:
-    reason = getattr(error, "strerror", None) or str(error).strip().splitlines()[0]
+def _reason_and_space(error: Exception, folder: Path) -> str:
+    reason = reason_of(error)
     try:
         return f"{reason}; {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
     except OSError:

@@ -21,23 +21,23 @@ def restore_training_state(
     Raises:
         UserError: The optimizer's state does not fit the parameters.
     """
-    load_optimizer(optimizer, loaded.state, loaded.path)
-    load_buffers(model, loaded.state, comm)
+    load_optimizer(optimizer, loaded.content, loaded.path)
+    load_buffers(model, loaded.content, comm)
 
 
-def load_model(model: nn.Module, state: dict[str, Any], path: Path, wanted: str) -> None:
+def load_model(model: nn.Module, content: dict[str, Any], path: Path, wanted: str) -> None:
     """Load the weights after checking that they belong to this network.
 
     Args:
         model: The raw network.
-        state: The content of the file, as ``format.load`` returned it.
+        content: What the file holds, as ``format.load`` returned it.
         path: The file, for the message.
         wanted: What the command line asks for, in words.
 
     Raises:
         UserError: The file holds another network; it says which.
     """
-    weights = state["state_dict"]
+    weights = content["state_dict"]
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     # Files written before torch 0.4.1 count no batches; the counter plays no part.
     counters = {name for name in own if name.endswith("num_batches_tracked")}
@@ -53,17 +53,17 @@ def load_model(model: nn.Module, state: dict[str, Any], path: Path, wanted: str)
     model.load_state_dict(weights, strict=False)
 
 
-def load_buffers(model: nn.Module, state: dict[str, Any], comm: Comm) -> None:
+def load_buffers(model: nn.Module, content: dict[str, Any], comm: Comm) -> None:
     """Give each worker its own batch-norm statistics again.
 
     Where the number of workers has changed all continue from the average, which the weights hold.
     """
-    rows = state.get("buffers")
+    rows = content.get("buffers")
     if isinstance(rows, Tensor) and len(rows) == comm.world_size:
         set_float_buffers(model, rows[comm.rank])
 
 
-def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> bool:
+def load_optimizer(optimizer: Optimizer, content: dict[str, Any], path: Path) -> bool:
     """Restore the optimizer's momentum; its settings stay those of the command line.
 
     Momentum that is there already stays at its place in memory, which a CUDA graph goes on to use.
@@ -81,7 +81,7 @@ def load_optimizer(optimizer: Optimizer, state: dict[str, Any], path: Path) -> b
         for name, value in entry.items()
         if isinstance(value, Tensor)
     }
-    saved = state.get("optimizer")
+    saved = content.get("optimizer")
     if not saved:
         for value in in_place.values():
             value.zero_()

@@ -18,11 +18,11 @@ class LoadedCheckpoint:
 
     Attributes:
         path: The file.
-        state: Its content.
+        content: What it holds.
     """
 
     path: Path
-    state: dict[str, Any]
+    content: dict[str, Any]
 
 
 def find_checkpoint(
@@ -42,6 +42,7 @@ def find_checkpoint(
 
     Raises:
         UserError: The checkpoint cannot be used.
+        PeerFailed: On the other ranks, where rank 0 could not use it.
     """
     chosen: list[LoadedCheckpoint] = []
 
@@ -50,17 +51,17 @@ def find_checkpoint(
         found = found or _named_checkpoint(run, folder)
         if found is None:
             return b""
-        path, content, state = found
-        chosen.append(LoadedCheckpoint(path, state))
-        return os.fsencode(path) + b"\0" + content
+        path, raw, content = found
+        chosen.append(LoadedCheckpoint(path, content))
+        return os.fsencode(path) + b"\0" + raw
 
-    name, _, content = comm.broadcast_bytes(choose).partition(b"\0")
+    name, _, raw = comm.broadcast_bytes(choose).partition(b"\0")
     if not name:
         return None
     if chosen:
         return chosen[0]
     path = Path(os.fsdecode(name))
-    return LoadedCheckpoint(path, parse(content, path, "--resume", run.trust_checkpoint))
+    return LoadedCheckpoint(path, parse(raw, path, "--resume", run.trust_checkpoint))
 
 
 Found = tuple[Path, bytes, dict[str, Any]]
@@ -78,8 +79,8 @@ def _named_checkpoint(run: RunConfig, folder: Path) -> Found | None:
             )
         return found
     path = Path(run.resume)
-    content = read(path)
-    return path, content, parse(content, path, "--resume", run.trust_checkpoint)
+    raw = read(path)
+    return path, raw, parse(raw, path, "--resume", run.trust_checkpoint)
 
 
 def _own_checkpoint(run: RunConfig, folder: Path, options: Mapping[str, Any]) -> Found | None:

@@ -78,6 +78,7 @@ def claim_run_dir(
 
     Raises:
         UserError: The folder holds another run or one that is under way, or cannot be written to.
+        PeerFailed: On the other ranks, in these cases.
     """
     lock = None
     try:

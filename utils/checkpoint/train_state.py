@@ -45,15 +45,15 @@ class TrainState:
         """
         if loaded is None:
             return cls(epoch=train.start_epoch or 0)
-        state = loaded.state
+        content = loaded.content
         try:
             found = cls(
-                epoch=int(state.get("epoch", 0)),
-                step=int(state.get("step", 0)),
-                metric_sums=_rows_of(state.get("step_sums", [])),
-                acc=float(state.get("acc", 0.0)),
-                best_acc=float(state.get("best_acc", 0.0)),
-                best_epoch=int(state.get("best_epoch", state.get("epoch", 0))),
+                epoch=int(content.get("epoch", 0)),
+                step=int(content.get("step", 0)),
+                metric_sums=_rows_of(content.get("step_sums", [])),
+                acc=float(content.get("acc", 0.0)),
+                best_acc=float(content.get("best_acc", 0.0)),
+                best_epoch=int(content.get("best_epoch", content.get("epoch", 0))),
             )
         except (TypeError, ValueError) as error:
             raise UserError(
@@ -67,7 +67,7 @@ class TrainState:
                 f"--resume {loaded.path}: has been trained for {found.epoch} epochs and --epochs "
                 f"is {train.epochs}; give more --epochs, or --evaluate"
             )
-        for name, value in state.get("shape", {}).items() if found.step else ():
+        for name, value in content.get("shape", {}).items() if found.step else ():
             if fingerprint.get(name) != value:
                 raise UserError(
                     f"--resume {loaded.path}: stands at step {found.step} of an epoch with {name} "

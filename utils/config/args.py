@@ -58,7 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_model_flags(parser.add_argument_group("model (unset flags leave the model's own value)"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_training_flags(parser.add_argument_group("training"))
-    _add_exchange_flags(parser.add_argument_group("gradient synchronisation"))
+    _add_gradient_sync_flags(parser.add_argument_group("gradient synchronisation"))
     _add_run_flags(parser.add_argument_group("run folder, resume, evaluate"))
     _add_hardware_flags(parser.add_argument_group("hardware and precision"))
     return parser
@@ -223,7 +223,7 @@ def _add_training_flags(group: argparse._ArgumentGroup) -> None:
     )  # fmt: skip
 
 
-def _add_exchange_flags(group: argparse._ArgumentGroup) -> None:
+def _add_gradient_sync_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compression", choices=("none", "fp16"), default="none",
         help="send gradients as they are, or at half precision (the results differ a little)",

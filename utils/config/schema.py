@@ -114,7 +114,7 @@ class HardwareConfig:
     memory_format: str
     dtype: str
     deterministic: bool
-    local_rank: int | None
+    local_rank: int | None  # Old launchers pass it; LOCAL_RANK in the environment is what counts.
 
 
 @dataclass(frozen=True)

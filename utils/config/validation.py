@@ -11,10 +11,10 @@ from utils.errors import UserError
 def check(config: Config) -> None:
     """Raise UserError where flags contradict each other or ask for what is not installed."""
     for problems in (
-        _of_run(config.run),
-        _of_data(config.data),
-        _of_training(config.train),
-        _of_precision(config.hardware),
+        _run_problems(config.run),
+        _data_problems(config.data),
+        _training_problems(config.train),
+        _precision_problems(config.hardware),
     ):
         for message in problems:
             raise UserError(message)
@@ -33,7 +33,7 @@ def warnings(train: TrainConfig) -> list[str]:
     return found
 
 
-def _of_run(run: RunConfig) -> Iterator[str]:
+def _run_problems(run: RunConfig) -> Iterator[str]:
     if run.per_class and not run.evaluate:
         yield "--per-class: goes with --evaluate --resume FILE; add them or leave it out"
     if run.evaluate and not run.resume:
@@ -50,7 +50,7 @@ def _of_run(run: RunConfig) -> Iterator[str]:
         )
 
 
-def _of_data(data: DataConfig) -> Iterator[str]:
+def _data_problems(data: DataConfig) -> Iterator[str]:
     archive_flags = [
         flag
         for flag, value in (
@@ -72,7 +72,7 @@ def _of_data(data: DataConfig) -> Iterator[str]:
         )
 
 
-def _of_training(train: TrainConfig) -> Iterator[str]:
+def _training_problems(train: TrainConfig) -> Iterator[str]:
     if train.start_epoch is not None and train.start_epoch >= train.epochs:
         yield f"--start-epoch {train.start_epoch}: must be below --epochs {train.epochs}"
     # Beyond that float32 ends, and Python's own numbers with a few hundred epochs more.
@@ -85,7 +85,7 @@ def _of_training(train: TrainConfig) -> Iterator[str]:
         yield "--nesterov --momentum 0: Nesterov momentum needs a --momentum above 0"
 
 
-def _of_precision(hardware: HardwareConfig) -> Iterator[str]:
+def _precision_problems(hardware: HardwareConfig) -> Iterator[str]:
     if hardware.amp != "off" and hardware.dtype == "float64":
         yield (
             f"--amp {hardware.amp} --dtype float64: mixed precision starts from float32; "

@@ -13,7 +13,7 @@ import numpy as np
 
 from utils import log
 from utils.data.cifar_archive import Arrays
-from utils.errors import one_line
+from utils.errors import one_line, reason_of
 from utils.files import clear_leftovers, write_atomically
 
 # The number is written into cache files; a file with another number is made again.
@@ -95,8 +95,7 @@ def read_cache(
         return None
     except Exception as error:  # A damaged file can bring about nearly anything.
         if explain:
-            why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            log.note(one_line(f"{path} is made again ({why})"))
+            log.note(one_line(f"{path} is made again ({reason_of(error)})"))
         return None
 
 
@@ -119,7 +118,7 @@ def write_cache(path: Path, fingerprint: str, data: Arrays, statistics: Statisti
         clear_leftovers(path.parent)  # A process that was killed has left them.
         write_atomically(path, lambda file: np.savez(file, allow_pickle=False, **content))
     except OSError as error:
-        why = error.strerror or error
+        why = reason_of(error)
         log.note(one_line(f"{path} cannot be written ({why}): going on without a cache"))
 
 

@@ -73,7 +73,7 @@ def load_dataset(
     """Load a data set, downloading or decoding it once.
 
     Args:
-        name: One of DATASETS.
+        name: One of DATASETS in utils/config/args.py.
         root: The folder of archives and caches; for "folder" that of the images.
         urls: Mirrors of the archive, tried before the official server.
         archive: An archive on disk; nothing is downloaded then.

@@ -24,7 +24,7 @@ from typing import Any
 from progress.bar import Bar
 
 from utils import log
-from utils.errors import UserError, one_line
+from utils.errors import UserError, one_line, reason_of
 
 # Seconds without news from the server.
 TIMEOUT = 30.0
@@ -111,7 +111,7 @@ def _reason(error: Exception) -> str:
         return f"answered {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return _reason(error.reason) if isinstance(error.reason, OSError) else str(error.reason)
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return reason_of(error)
 
 
 def _fetch(url: str, part: Path, md5: str) -> None:

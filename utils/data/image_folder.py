@@ -22,7 +22,7 @@ from progress.bar import Bar
 
 from utils import log
 from utils.data.cifar_archive import Arrays
-from utils.errors import UserError
+from utils.errors import UserError, reason_of
 
 SIZE = 32
 # The formats are few because a file's name does not decide how it is read, and Pillow knows 40
@@ -168,8 +168,7 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
                 raise ValueError(f"{pixels:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
             rgb = _to_eight_bits(image).convert("RGB")
     except Exception as error:  # Pillow's documents do not say which a damaged file brings about.
-        why = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        why = why.replace(repr(str(path)), "it")
+        why = reason_of(error).replace(repr(str(path)), "it")
         raise UserError(f"{path}: not a readable image ({why}); replace or remove it") from error
     changed = rgb.size != (SIZE, SIZE)
     if changed:

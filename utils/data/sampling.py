@@ -48,13 +48,17 @@ def split(count: int, held_out: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[held_out:]), np.sort(order[:held_out])
 
 
-def batch_slices(count: int, batch: int, workers: int) -> list[tuple[int, int]]:
+def batch_slices(count: int, batch: int, least: int) -> list[tuple[int, int]]:
     """Return the global batches of an epoch as (start, stop) positions in the permutation.
 
-    A last batch with fewer images than there are workers is dropped: every worker needs one.
+    Args:
+        count: The number of training images.
+        batch: The images of a global batch.
+        least: The images that a batch needs, one for each backward pass of each worker. A last
+            batch with fewer is dropped.
     """
     slices = [(start, min(start + batch, count)) for start in range(0, count, batch)]
-    if slices and slices[-1][1] - slices[-1][0] < workers:
+    if slices and slices[-1][1] - slices[-1][0] < least:
         slices.pop()
     return slices
 

@@ -21,7 +21,7 @@ SIZE = 32
 # So many images are drawn at a time, which bounds the memory; the number is part of the seed.
 _CHUNK = 500
 _TRAIN, _TEST = 0, 1
-# Each texture repeats after so many pixels.
+# Each texture repeats after this many pixels.
 _PERIODS = {
     "lines": 4, "wide-lines": 9, "columns": 4, "wide-columns": 9, "checks": 6, "wide-checks": 13,
     "lattice": 8, "ripples": 6,

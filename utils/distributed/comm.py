@@ -14,13 +14,11 @@ from torch.optim import Optimizer
 
 from utils.config.schema import GradientSyncConfig
 from utils.errors import BAD_INPUT, FAILED, PeerFailed, UserError
+from utils.launch.heartbeat import RESTARTS_VARIABLE
 
 
 class Comm:
     """The serial engine: rank 0 of 1. Subclasses replace what communicates.
-
-    Args:
-        timeout: The seconds that a worker waits for the others in a collective.
 
     Attributes:
         rank: The number of this worker.
@@ -45,18 +43,21 @@ class Comm:
     supports_any_layout = True
     device: torch.device
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self) -> None:
         """Select this worker's device."""
         self.device = select_device(self.local_rank, self.local_world_size)
 
     @classmethod
-    def join(cls, timeout: float = 600.0) -> "Comm":
+    def join(cls, timeout: float) -> "Comm":
         """Return the engine of this job.
 
         A subclass returns the serial engine where the job has one rank, whatever launched it: one
         replica has no gradients to average, so an engine would cost and gain nothing.
+
+        Args:
+            timeout: The seconds that a worker waits for the others in a collective.
         """
-        return cls(timeout)
+        return cls()
 
     @classmethod
     def rank_from_env(cls) -> int:
@@ -153,7 +154,7 @@ class Comm:
         return self.all_reduce_sum_(rows)
 
     def broadcast_bytes(self, make: Callable[[], bytes]) -> bytes:
-        """Return on every worker what ``make`` returns on rank 0; two broadcasts.
+        """Return on every worker what ``make`` returns on rank 0; two all-reduces and a broadcast.
 
         Raises:
             PeerFailed: On the other ranks, when ``make`` has failed on rank 0.
@@ -245,7 +246,7 @@ def _exit_code(error: BaseException) -> int:
 
 def launcher_restart_count() -> int:
     """Return how often launcher.sh or torchrun has started this job again, by the environment."""
-    names = ["CIFAR_RESTARTS"]
+    names = [RESTARTS_VARIABLE]
     if "RANK" in os.environ:  # Without it torchrun's variable is another job's.
         names.append("TORCHELASTIC_RESTART_COUNT")
     counts = (os.environ.get(name, "") for name in names)
@@ -253,7 +254,7 @@ def launcher_restart_count() -> int:
 
 
 def is_single_process(world_size: int) -> bool:
-    """Return whether a job of so many ranks needs no engine.
+    """Return whether a job of this many ranks needs no engine.
 
     With CIFAR_KEEP_DDP in the environment it gets one all the same. That is for tests, which can
     meet NCCL on a machine with a single GPU in no other way.

@@ -31,16 +31,16 @@ NO_BUFFER_BROADCAST: dict[str, Any] = (
 )
 
 # The limit of waits whose length depends on a download and not on the workers.
-PATIENCE = timedelta(days=7)
+UNLIMITED = timedelta(days=7)
 
 
 class DDPComm(Comm):
     """torch.distributed: NCCL between GPUs, Gloo between CPU processes."""
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self, timeout: float) -> None:
         """Connect to the other workers, as the launcher's environment says."""
         self.rank, self.world_size, self.local_rank, self.local_world_size = read_launch_env()
-        super().__init__(timeout)
+        super().__init__()
         # NCCL refuses a GPU that two ranks share (CIFAR_SHARE_GPU).
         own_gpu = self.local_world_size <= torch.cuda.device_count()
         backend = "nccl" if self.device.type == "cuda" and own_gpu else "gloo"
@@ -58,16 +58,16 @@ class DDPComm(Comm):
         own = self.device if backend == "nccl" else None
         dist.init_process_group(backend, timeout=limit, device_id=own)
         self._control_group: Any = dist.new_group(backend="gloo", timeout=limit)
-        self._patient_group: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
+        self._unlimited_group: Any = dist.new_group(backend="gloo", timeout=UNLIMITED)
 
     @classmethod
-    def join(cls, timeout: float = 600.0) -> Comm:
+    def join(cls, timeout: float) -> Comm:
         """Return the engine of this job: the serial one without a launcher or with one rank."""
         if "RANK" not in os.environ and "WORLD_SIZE" not in os.environ:
-            return Comm(timeout)
+            return Comm()
         end_with_parent()  # No worker outlives a launcher that is killed.
         _, world_size, _, _ = read_launch_env()
-        return Comm(timeout) if is_single_process(world_size) else cls(timeout)
+        return Comm() if is_single_process(world_size) else cls(timeout)
 
     @classmethod
     def rank_from_env(cls) -> int:
@@ -122,7 +122,7 @@ class DDPComm(Comm):
     def all_reduce_max(self, value: int) -> int:
         """Return the largest of the workers' values, however long the slowest worker takes."""
         highest = torch.tensor(value)
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._patient_group)
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=self._unlimited_group)
         return int(highest)
 
     def all_reduce_max_async(self, value: int) -> Callable[[], int]:

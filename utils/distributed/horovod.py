@@ -12,7 +12,7 @@ from typing import Any
 # The response cache must hold every tensor of a model, or each step negotiates them anew:
 # ResNet-1202 has 3,611 parameters and the default is 1,024. Elastic workers have no cache: a worker
 # that stays would keep its entries, one that comes would have none, and the two would fuse tensors
-# otherwise.
+# in different ways.
 os.environ.setdefault("HOROVOD_CACHE_CAPACITY", "0" if "HOROVOD_ELASTIC" in os.environ else "8192")
 # Gradients travel in the groups below and in no others, so that three or more workers add them up
 # in the same order in every run.
@@ -25,6 +25,7 @@ from torch.optim import Optimizer
 from utils.config.schema import GradientSyncConfig
 from utils.distributed.comm import Comm, is_single_process
 from utils.errors import BAD_INPUT, UserError
+from utils.launch.heartbeat import TERMINAL_VARIABLE
 
 try:
     import horovod.torch as hvd
@@ -33,7 +34,7 @@ except ImportError:
     print("error: Horovod is not installed here; ./setup.sh --horovod builds it", file=sys.stderr)
     sys.exit(BAD_INPUT)
 
-# Gradients are sent when so many bytes of them are there, as DistributedDataParallel does it.
+# Gradients are sent when this many bytes of them are there, as DistributedDataParallel does it.
 GROUP_BYTES = 25 << 20
 
 
@@ -47,16 +48,16 @@ class HorovodComm(Comm):
     supports_any_layout = False
     adasum = False
 
-    def __init__(self, timeout: float = 600.0) -> None:
+    def __init__(self) -> None:
         """Read this worker's ranks from Horovod, which must be running."""
         self.elastic = "HOROVOD_ELASTIC" in os.environ
         self.host_updates = 0
         self._read_ranks()
-        super().__init__(timeout)
+        super().__init__()
         self.name = "Horovod, " + ("nccl" if self.device.type == "cuda" else "gloo")
 
     @classmethod
-    def join(cls, timeout: float = 600.0) -> Comm:
+    def join(cls, timeout: float) -> Comm:
         """Return the engine of this job; an elastic one may grow and is never the serial one."""
         check_launch_env()
         if not torch.cuda.is_available():
@@ -65,14 +66,14 @@ class HorovodComm(Comm):
             # them an eighth of their time; steps there take tenths of a second.
             os.environ.setdefault("HOROVOD_CYCLE_TIME", "5")
         hvd.init()
-        if hvd.rank() == 0 and "CIFAR_TERMINAL" in os.environ:
+        if hvd.rank() == 0 and TERMINAL_VARIABLE in os.environ:
             # horovodrun pipes its workers' output; the progress bar needs the terminal itself.
-            terminal = os.open(os.environ["CIFAR_TERMINAL"], os.O_WRONLY | os.O_NOCTTY)
+            terminal = os.open(os.environ[TERMINAL_VARIABLE], os.O_WRONLY | os.O_NOCTTY)
             os.dup2(terminal, sys.stdout.fileno())
         if is_single_process(hvd.size()) and "HOROVOD_ELASTIC" not in os.environ:
             hvd.shutdown()
-            return Comm(timeout)
-        return cls(timeout)
+            return Comm()
+        return cls()
 
     def _read_ranks(self) -> None:
         self.rank, self.world_size = hvd.rank(), hvd.size()
@@ -169,7 +170,7 @@ class HorovodComm(Comm):
 
 
 def check_launch_env() -> None:
-    """Raise UserError where only a part is there of what horovodrun leaves in the environment.
+    """Raise UserError where only a part of horovodrun's variables is in the environment.
 
     hvd.init would end the process, or wait for workers that never come.
     """

@@ -86,17 +86,13 @@ def _per_channel(vector: Tensor) -> Tensor:
     return vector.view(1, -1, 1, 1)
 
 
-def convert_sync_batchnorm(model: nn.Module, comm: Comm) -> nn.Module:
+def convert_sync_batchnorm(model: nn.Module, comm: Comm) -> None:
     """Turn every BatchNorm2d of the model into a SyncBatchNorm2d over this Comm, in place.
 
     Parameters and buffers stay the same objects under the same names.
-
-    Returns:
-        The model.
     """
     for module in model.modules():
         if type(module) is nn.BatchNorm2d:
             # The subclass adds no state, so changing the class keeps parameters, buffers, hooks.
             module.__class__ = SyncBatchNorm2d
             module.comm = comm  # type: ignore[assignment]
-    return model

@@ -21,8 +21,10 @@ from dataclasses import dataclass
 
 from utils.launch.processes import has_ended, is_stopped
 
-# The environment variable that holds the name of the server.
+# The environment variables by which the supervisor tells its workers the name of its server, the
+# number of restarts, and the terminal that horovodrun hides.
 SERVER_VARIABLE = "CIFAR_WATCH"
+RESTARTS_VARIABLE, TERMINAL_VARIABLE = "CIFAR_RESTARTS", "CIFAR_TERMINAL"
 
 _STDERR = 2
 # Seconds that a rank without a server waits longer than the timeout. The collectives have the same

@@ -38,7 +38,13 @@ if __name__ == "__main__":  # Started by its path, it must find the project's fo
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN
-from utils.launch.heartbeat import SERVER_VARIABLE, HeartbeatServer, Worker
+from utils.launch.heartbeat import (
+    RESTARTS_VARIABLE,
+    SERVER_VARIABLE,
+    TERMINAL_VARIABLE,
+    HeartbeatServer,
+    Worker,
+)
 from utils.launch.output import FLUSH_DELAY, OutputFilter, root_cause
 from utils.launch.processes import (
     descendants,
@@ -52,7 +58,6 @@ from utils.launch.processes import (
 )
 
 STDOUT, STDERR = 1, 2
-RESTARTS_VARIABLE, TERMINAL_VARIABLE = "CIFAR_RESTARTS", "CIFAR_TERMINAL"
 
 # Seconds between two polls of the workers and of the requests.
 POLL_INTERVAL = 0.1

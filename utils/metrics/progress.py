@@ -30,7 +30,7 @@ class ProgressBar:
         self.steps = steps
         self.enabled = enabled
         self.started = time.perf_counter()
-        self.on_terminal = enabled and sys.stdout.isatty()
+        self.on_terminal = enabled and log.draws_progress()
         self.interval = 0.2 if self.on_terminal else 30.0
         self.shown = self.started
         self.bar = _Line(title, max=steps, file=sys.stdout) if self.on_terminal else None

@@ -1,4 +1,4 @@
-"""The device that a run computes on: which GPUs it sees, and how repeatable it computes."""
+"""The device that a run computes on: the GPUs that it sees, seeds and deterministic algorithms."""
 
 import os
 

@@ -1,7 +1,6 @@
 """--estimate: what a run will need, measured on a few images of the machine at hand."""
 
 import os
-import time
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +8,7 @@ from torch import Tensor, nn
 from utils import log
 from utils.data.image_set import ImageSet
 from utils.distributed.comm import Comm
-from utils.runtime.precision import forward_loss
+from utils.runtime.timing import seconds_of_step
 
 _STEP_SECONDS = 0.5  # The time that a timed step should take.
 _GIB = 2**30
@@ -82,21 +81,9 @@ def _measure(model: nn.Module, images: ImageSet, shard: int, amp: str) -> tuple[
 
 def _step(model: nn.Module, images: ImageSet, count: int, amp: str) -> float:
     """Return the seconds of forward and backward on the first images."""
-    device = images.device
     index = torch.arange(count, device=images.storage_device) % len(images)
     augmentation = torch.zeros(len(images), 3, dtype=torch.int64, device=images.storage_device)
-    batch, labels = images.batch(index, augmentation)
-    model.zero_grad()
-    started = _now(device)
-    loss, _ = forward_loss(model, batch, labels, amp)
-    loss.backward()
-    return _now(device) - started
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    return seconds_of_step(model, *images.batch(index, augmentation), amp)
 
 
 def node_memory(comm: Comm) -> int:

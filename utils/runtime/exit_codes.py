@@ -1,4 +1,4 @@
-"""How a worker ends: the exit code of every way in which the program can end, and its last words.
+"""How a worker runs and ends: the exit code of every way in which the program can end.
 
 utils/errors.py says what each code means to users.
 """
@@ -9,6 +9,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NoReturn, TypeAlias
 
 import torch
@@ -34,7 +35,7 @@ from utils.runtime.device import select_gpus
 Program: TypeAlias = Callable[[Comm, Config, Heartbeat, contextlib.ExitStack], None]
 
 # The launcher takes the first worker that ends for the one that failed. Rank 0, or the worker that
-# knows more, gets so many seconds to be the first.
+# knows more, gets this many seconds to be the first.
 _LATER = 3
 
 
@@ -52,43 +53,37 @@ def run_worker(engine: type[Comm], program: Program, argv: Sequence[str] | None 
     log.open_streams()
     heartbeat = Heartbeat()
     rank = engine.rank_from_env()
+    training = False
+    code = 0
     try:
         config = parse_args(argv)
         select_gpus(config.hardware.gpu_id)
         comm = engine.join(config.gradient_sync.timeout)
-        _run_and_close(comm, program, config, heartbeat)
-        code = 0
+        orderly = True
+        try:
+            comm.run(partial(_run_once, comm, program, config, heartbeat))
+        except (UserError, TrainingError, PeerFailed, Interrupted):
+            raise
+        except BaseException as error:
+            orderly = False
+            training = heartbeat.registered
+            if comm.is_peer_failure(error):
+                raise PeerFailed(CRASHED) from error
+            raise
+        finally:
+            heartbeat.idle()
+            if orderly:  # Elsewhere it could wait for workers that know nothing of this one's end.
+                comm.close()
     except BaseException as error:
-        code = _exit_code_of(error, rank, heartbeat.registered)
+        code = _exit_code_of(error, rank, training)
     heartbeat.report_exit(code)
     return code
 
 
-def _run_and_close(comm: Comm, program: Program, config: Config, heartbeat: Heartbeat) -> None:
-    """Run the program, and close the engine where all workers know of this one's end.
-
-    Elsewhere closing could wait for workers that continue.
-    """
-
-    def run_once() -> None:
-        log.set_rank(comm.rank)
-        with contextlib.ExitStack() as stack:
-            program(comm, config, heartbeat, stack)
-
-    orderly = True
-    try:
-        comm.run(run_once)
-    except (UserError, TrainingError, PeerFailed, Interrupted):
-        raise
-    except BaseException as error:
-        orderly = False
-        if comm.is_peer_failure(error):
-            raise PeerFailed(CRASHED) from error
-        raise
-    finally:
-        heartbeat.idle()
-        if orderly:
-            comm.close()
+def _run_once(comm: Comm, program: Program, config: Config, heartbeat: Heartbeat) -> None:
+    log.set_rank(comm.rank)  # An elastic engine may have given this worker another one.
+    with contextlib.ExitStack() as stack:
+        program(comm, config, heartbeat, stack)
 
 
 def _exit_code_of(error: BaseException, rank: int, training: bool) -> int:
@@ -97,7 +92,8 @@ def _exit_code_of(error: BaseException, rank: int, training: bool) -> int:
     Args:
         error: What has ended it.
         rank: The rank of this worker.
-        training: Whether training had begun. What fails before would fail again.
+        training: Whether the program has crashed in its training. What fails before, or at the
+            end, would fail again.
     """
     match error:
         case UserError():

@@ -8,7 +8,6 @@ import copy
 import json
 import os
 import statistics
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,17 +17,17 @@ from torch import nn
 from utils.data.image_set import ImageSet
 from utils.distributed.comm import Comm
 from utils.files import write_text
-from utils.runtime.precision import forward_loss
 from utils.runtime.provenance import processor
+from utils.runtime.timing import seconds_of_step
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
-# Below so many images trying costs more than a better choice could save.
+# Below this many images trying costs more than a better choice could save.
 WORTHWHILE = 2_000
 # A step of the trial should take about this many seconds, within the limits of images below.
 _STEP_SECONDS = 0.15
 _LEAST, _MOST = 2, 64
-# Channels-last must gain so much before it is chosen, for a trial is a noisy measurement.
+# Channels-last must gain this much before it is chosen, for a trial is a noisy measurement.
 _MARGIN = 1.03
 
 
@@ -116,8 +115,4 @@ def _step(model: nn.Module, memory_format: str, batch: int) -> float:
     images = torch.randn(batch, 3, 32, 32, dtype=dtype)
     images = images.contiguous(memory_format=FORMATS[memory_format])
     labels = torch.zeros(batch, dtype=torch.int64)
-    model.zero_grad()
-    start = time.perf_counter()
-    loss, _ = forward_loss(model, images, labels, "off")
-    loss.backward()
-    return time.perf_counter() - start
+    return seconds_of_step(model, images, labels)

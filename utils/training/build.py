@@ -3,7 +3,6 @@
 cifar.py calls this in the order that it needs; bench/ and tools/ take from it what they measure.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,24 +35,19 @@ from utils.training.plan import EpochPlan
 from utils.training.step import Step
 
 
-def run_folder(config: Config) -> Path:
-    """Return the folder that the run's files go to."""
-    return run_dir.run_folder(config.run, config.model, config.data.dataset)
-
-
-def network(config: ModelConfig, classes: int) -> nn.Module:
+def network(architecture: ModelConfig, classes: int) -> nn.Module:
     """Return the raw network of the model flags, freshly initialised.
 
     Raises:
         UserError: There is no such model, or a flag is one that it does not take or cannot have.
     """
     try:
-        return create_model(config.arch, num_classes=classes, **config.arguments())
+        return create_model(architecture.arch, num_classes=classes, **architecture.arguments())
     except ModelError as error:
         if error.argument == "arch":
-            raise UserError(f"-a {config.arch!r}: {error.why}") from error
+            raise UserError(f"-a {architecture.arch!r}: {error.why}") from error
         flag = MODEL_FLAGS.get(error.argument, f"--{error.argument}")
-        raise UserError(f"-a {config.arch} {flag} {error.value}: {error.why}") from error
+        raise UserError(f"-a {architecture.arch} {flag} {error.value}: {error.why}") from error
 
 
 def check_model_fits(config: Config, comm: Comm) -> None:
@@ -79,43 +73,43 @@ def check_model_fits(config: Config, comm: Comm) -> None:
         )
 
 
-def dataset(config: DataConfig) -> Dataset:
+def dataset(data: DataConfig) -> Dataset:
     """Load the data set, downloading or decoding it once.
 
     Raises:
         UserError: The data cannot be had, or is not what it should be.
     """
     return load_dataset(
-        config.dataset,
-        config.data,
-        urls=config.data_url,
-        archive=config.data_archive,
-        md5=config.data_md5,
-        stats=config.stats,
-        train_size=config.train_size,
-        test_size=config.test_size,
-        threads=config.workers,
+        data.dataset,
+        data.data,
+        urls=data.data_url,
+        archive=data.data_archive,
+        md5=data.data_md5,
+        stats=data.stats,
+        train_size=data.train_size,
+        test_size=data.test_size,
+        threads=data.workers,
     )
 
 
-def splits(data: Dataset, config: Config, comm: Comm) -> Splits:
+def splits(dataset: Dataset, config: Config, comm: Comm) -> Splits:
     """Return training, validation and test set.
 
     Raises:
         UserError: --val-split leaves no image to train on.
     """
     dtype = {"float32": torch.float32, "float64": torch.float64}[config.hardware.dtype]
-    count, height, width, channels = data.train_images.shape
+    count, height, width, channels = dataset.train_images.shape
     pad = sampling.PAD
     padded = count * (height + 2 * pad) * (width + 2 * pad) * channels
-    on_device = fits_on_device(config.hardware.resident, padded + data.test_images.nbytes, comm)
+    on_device = fits_on_device(config.hardware.resident, padded + dataset.test_images.nbytes, comm)
 
     def image_set(index: np.ndarray | slice, train: bool, augmented: bool) -> ImageSet:
         return ImageSet(
-            (data.train_images if train else data.test_images)[index],
-            (data.train_labels if train else data.test_labels)[index],
-            data.mean,
-            data.std,
+            (dataset.train_images if train else dataset.test_images)[index],
+            (dataset.train_labels if train else dataset.test_labels)[index],
+            dataset.mean,
+            dataset.std,
             device=comm.device,
             on_device=on_device,
             dtype=dtype,
@@ -140,7 +134,7 @@ def splits(data: Dataset, config: Config, comm: Comm) -> Splits:
 
 
 def plan(config: Config, images: int, comm: Comm) -> EpochPlan:
-    """Return the steps of an epoch of so many training images.
+    """Return the steps of an epoch of this many training images.
 
     Raises:
         UserError: There are too few images for the workers.
@@ -151,50 +145,51 @@ def plan(config: Config, images: int, comm: Comm) -> EpochPlan:
 
 def model(
     config: Config,
-    classes: int,
-    sets: Splits,
+    dataset: Dataset,
+    splits: Splits,
     loaded: LoadedCheckpoint | None,
     comm: Comm,
 ) -> tuple[nn.Module, str]:
     """Return the network on its device, with a checkpoint's weights if any, and its memory format.
 
-    The sets' batches get the memory format, too.
+    The splits' batches get the memory format, too.
 
     Raises:
         UserError: The checkpoint holds another network.
     """
     if comm.device.type == "cpu":
         retain_freed_memory()
-    built = network(config.model, classes).to(comm.device, sets.train.scale.dtype)
-    memory_format = _memory_format(built, config, loaded, len(sets.train), comm)
-    apply_memory_format(built, sets, memory_format, comm)
+    classes = len(dataset.classes)
+    model = network(config.model, classes).to(comm.device, splits.train.scale.dtype)
+    memory_format = _memory_format(model, config, loaded, len(splits.train), comm)
+    apply_memory_format(model, splits, memory_format, comm)
     if config.train.sync_bn:
-        convert_sync_batchnorm(built, comm)
+        convert_sync_batchnorm(model, comm)
     if loaded:
         arguments = config.model.arguments() | {"num_classes": classes}
         wanted = describe_model(config.model.arch, arguments)
-        load_model(built, loaded.state, loaded.path, wanted)
-    return built, memory_format
+        load_model(model, loaded.content, loaded.path, wanted)
+    return model, memory_format
 
 
 def _memory_format(
-    built: nn.Module, config: Config, loaded: LoadedCheckpoint | None, images: int, comm: Comm
+    model: nn.Module, config: Config, loaded: LoadedCheckpoint | None, images: int, comm: Comm
 ) -> str:
     """Return the format of --memory-format, of the checkpoint, or the faster one."""
     if config.hardware.memory_format != "auto":
         return config.hardware.memory_format
-    if loaded and loaded.state.get("memory_format") in FORMATS:
-        return loaded.state["memory_format"]  # It rounds as before the interruption.
+    if loaded and loaded.content.get("memory_format") in FORMATS:
+        return loaded.content["memory_format"]  # It rounds as before the interruption.
     if config.run.evaluate or config.hardware.deterministic:
         return "contiguous"
     name = run_dir.run_name(config.model.arch, config.model.arguments())
     trained = images * config.train.epochs
-    return choose_memory_format(name, built, trained, config.hardware.amp, comm)
+    return choose_memory_format(name, model, trained, config.hardware.amp, comm)
 
 
-def evaluator(built: nn.Module, config: Config, comm: Comm) -> Evaluator:
+def evaluator(model: nn.Module, config: Config, comm: Comm) -> Evaluator:
     """Return what scores the network, with the batch and the precision of the flags."""
-    return Evaluator(built, config.train.test_batch, config.hardware.amp, comm)
+    return Evaluator(model, config.train.test_batch, config.hardware.amp, comm)
 
 
 def recorder(config: Config, storage_device: torch.device, comm: Comm) -> Recorder | None:
@@ -205,31 +200,41 @@ def recorder(config: Config, storage_device: torch.device, comm: Comm) -> Record
         storage_device: Where the training set is.
         comm: The engine.
     """
+    wanted, _ = _resolve_cuda_graph(config, storage_device, comm)
+    return RECORDERS[comm.device.type](comm.device) if wanted else None
+
+
+def log_graph_obstacles(config: Config, storage_device: torch.device, comm: Comm) -> None:
+    """Print why steps run eagerly, where that is not what the flags ask for; see ``recorder``."""
     if storage_device != comm.device:
         log.note("the images stay in main memory (--resident): no CUDA graph")
-    drops_again = bool(config.model.checkpoint_activations and config.model.drop)
-    wanted, obstacle = resolve_cuda_graph(
+    _, obstacle = _resolve_cuda_graph(config, storage_device, comm)
+    if obstacle:
+        log.warning(f"--graph on: {obstacle}; training without")
+
+
+def _resolve_cuda_graph(
+    config: Config, storage_device: torch.device, comm: Comm
+) -> tuple[bool, str]:
+    return resolve_cuda_graph(
         config.hardware.graph,
         comm,
         config.gradient_sync.backward_passes_per_step,
         storage_device,
         config.train.on_nan,
-        redraws=drops_again,
+        redraws=bool(config.model.checkpoint_activations and config.model.drop),
     )
-    if obstacle:
-        log.warning(f"--graph on: {obstacle}; training without")
-    return RECORDERS[comm.device.type](comm.device) if wanted else None
 
 
 def optimizer(
-    built: nn.Module, rate: float, graph: Recorder | None, config: Config, comm: Comm
+    model: nn.Module, base_rate: float, recorder: Recorder | None, config: Config, comm: Comm
 ) -> tuple[nn.Module, Optimizer]:
     """Return the network and its optimizer, prepared to average gradients over the workers.
 
     Args:
-        built: The raw network, with its weights.
-        rate: The learning rate at the start.
-        graph: Records the step, if given; the rate is then a tensor, which can change under it.
+        model: The raw network, with its weights.
+        base_rate: The learning rate before any decay or warm-up.
+        recorder: Records the step, if given; the rate is then a tensor, which can change under it.
         config: The configuration.
         comm: The engine.
 
@@ -237,44 +242,44 @@ def optimizer(
         UserError: The engine cannot average gradients in the way of the flags.
     """
     if config.hardware.compile:
-        _compile_blocks(built)
-    given: float | Tensor = torch.tensor(rate, device=comm.device) if graph else rate
+        _compile_blocks(model)
+    rate: float | Tensor = torch.tensor(base_rate, device=comm.device) if recorder else base_rate
     train = config.train
-    made = build_optimizer(built, given, train.momentum, train.weight_decay, train.nesterov)
+    optimizer = build_optimizer(model, rate, train.momentum, train.weight_decay, train.nesterov)
     if config.gradient_sync.no_exchange:
-        return built, made
+        return model, optimizer
     # From here on backward averages the gradients over the workers by all-reduces.
-    return comm.prepare(built, made, config.gradient_sync)
+    return comm.prepare(model, optimizer, config.gradient_sync)
 
 
-def _compile_blocks(built: nn.Module) -> None:
+def _compile_blocks(model: nn.Module) -> None:
     """Let torch.compile fuse each block of a deep network, or the whole of a shallow one.
 
     Blocks of a kind are compiled once, so that depth costs little. Names in checkpoints stay.
     """
-    rows = [m for m in built.modules() if isinstance(m, nn.Sequential)]
+    rows = [m for m in model.modules() if isinstance(m, nn.Sequential)]
     blocks = [block for row in rows for block in row if list(block.children())]
-    for block in blocks or [built]:
+    for block in blocks or [model]:
         block.compile()
 
 
 def train_loop(
-    prepared: nn.Module,
-    updater: Optimizer,
+    model: nn.Module,
+    optimizer: Optimizer,
     images: ImageSet,
-    steps: EpochPlan,
-    graph: Recorder | None,
+    plan: EpochPlan,
+    recorder: Recorder | None,
     config: Config,
     comm: Comm,
 ) -> TrainLoop:
     """Return the loop over the steps of an epoch; every rank must call this.
 
     Args:
-        prepared: The network as ``optimizer`` returned it.
-        updater: The optimizer as ``optimizer`` returned it.
+        model: The network as ``build.optimizer`` returned it.
+        optimizer: The optimizer as ``build.optimizer`` returned it.
         images: The training set.
-        steps: The steps of an epoch.
-        graph: Records the step, if given.
+        plan: The steps of an epoch.
+        recorder: Records the step, if given.
         config: The configuration.
         comm: The engine.
     """
@@ -285,17 +290,17 @@ def train_loop(
     )
     step = Step(
         comm,
-        prepared,
-        updater,
+        model,
+        optimizer,
         config.hardware.amp,
         sync.backward_passes_per_step,
         config.train.on_nan if check_gradients else None,
     )
-    return TrainLoop(step, images, steps, graph, keep_times=config.run.trace is not None)
+    return TrainLoop(step, images, plan, recorder, keep_losses=config.run.trace is not None)
 
 
 def checkpoint_metadata(
-    config: Config, data: Dataset, memory_format: str, steps: EpochPlan
+    config: Config, dataset: Dataset, memory_format: str, plan: EpochPlan
 ) -> dict[str, Any]:
     """Return what every checkpoint of the run says of it."""
     arch, arguments = config.model.arch, config.model.arguments()
@@ -303,10 +308,10 @@ def checkpoint_metadata(
         "arch": arch,
         "arch_arguments": {**model_arguments(arch), **arguments},
         "dataset": config.data.dataset,
-        "classes": list(data.classes),
-        "mean": list(data.mean),
-        "std": list(data.std),
+        "classes": list(dataset.classes),
+        "mean": list(dataset.mean),
+        "std": list(dataset.std),
         "memory_format": memory_format,
-        "shape": steps.fingerprint(config.data.dataset),
+        "shape": plan.fingerprint(config.data.dataset),
         "options": config.options(),
     }

@@ -113,7 +113,7 @@ def evaluate_checkpoint(
     result = evaluator(images, confusion)
     if not comm.is_main_process or loaded is None:
         return
-    log.info(f"{loaded.path}, after epoch {loaded.state.get('epoch', 'unknown')}")
+    log.info(f"{loaded.path}, after epoch {loaded.content.get('epoch', 'unknown')}")
     if confusion:
         log.info("\n".join(confusion.lines(classes)))
         picture = loaded.path.parent / "confusion.png"

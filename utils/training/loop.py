@@ -9,7 +9,6 @@ from torch import Tensor
 from utils.checkpoint.train_state import TrainState
 from utils.data import sampling
 from utils.data.image_set import ImageSet
-from utils.data.sampling import PAD
 from utils.errors import NotFinite
 from utils.metrics.meter import Meter, Metrics
 from utils.metrics.progress import ProgressBar
@@ -28,7 +27,7 @@ class TrainLoop:
         images: The whole training set.
         plan: The steps of an epoch.
         recorder: Records the step as a CUDA graph, if given.
-        keep_times: Whether loss and times of each step are kept.
+        keep_losses: Whether the loss of each step is kept, and the times are those of the device.
 
     Attributes:
         meter: Adds up loss and accuracy of the epoch.
@@ -42,7 +41,7 @@ class TrainLoop:
         images: ImageSet,
         plan: EpochPlan,
         recorder: Recorder | None = None,
-        keep_times: bool = False,
+        keep_losses: bool = False,
     ) -> None:
         """Let the engine warm up its buckets; every rank must make the loop."""
         self.step = step
@@ -50,7 +49,7 @@ class TrainLoop:
         self.images = images
         self.plan = plan
         self.meter = Meter(self.comm.device)
-        self.times = StepTimes(keep_times)
+        self.times = StepTimes(keep_losses)
         self.graph: StepGraph | None = None
         start, stop = plan.batch_slices[0]
         first, last = self._shard(start, stop)
@@ -84,7 +83,7 @@ class TrainLoop:
         epoch, seed = state.epoch, self.plan.seed
         order = self._to_storage(sampling.permutation(len(self.images), seed, epoch))
         augmentation = self._to_storage(
-            sampling.crops_and_flips(len(self.images), seed, epoch, PAD)
+            sampling.crops_and_flips(len(self.images), seed, epoch, sampling.PAD)
         )
         rates = [self.plan.learning_rate(epoch, k) for k in range(len(slices))]
         self.step.model.train()

@@ -6,7 +6,7 @@ from utils.checkpoint.train_state import TrainState
 from utils.errors import NotFinite, TrainingError
 from utils.training.plan import EpochPlan
 
-# So many times in a row a step may be skipped, or a run go back, before that is no accident.
+# The number of times in a row that a step may be skipped, or a run go back.
 _MOST_IN_A_ROW = 10
 
 

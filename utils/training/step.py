@@ -108,7 +108,7 @@ class Step:
             buffer.copy_(value)
 
     def _gradients_are_finite(self) -> bool:
-        """Return whether all gradients are finite; where nobody checks, they are taken for it.
+        """Return whether all gradients are finite; without ``on_nan`` they are not checked.
 
         Their norm is not finite if one of them is not, or is beyond 1e19, which no training
         survives either. It takes a sixth of the time of the largest of them.

@@ -96,10 +96,10 @@ def log_origin(
     text = f"continuing {loaded.path} after epoch {state.epoch}"
     if state.step:
         text += f", step {state.step}"
-    if not loaded.state.get("optimizer"):
+    if not loaded.content.get("optimizer"):
         text += " (it has no optimizer state: momentum starts at zero)"
     log.info(text)
-    before = loaded.state.get("workers", world_size)
+    before = loaded.content.get("workers", world_size)
     if before != world_size:
         log.note(
             f"{before} worker(s) have trained so far, now {world_size}: the global batch and "
@@ -108,7 +108,7 @@ def log_origin(
         )
     changed = [
         f"--{name.replace('_', '-')} {old} -> {options[name]}"
-        for name, old in loaded.state.get("options", {}).items()
+        for name, old in loaded.content.get("options", {}).items()
         if name in _OPTIONS_THAT_MATTER and options.get(name) != old
     ]
     if changed:
