@@ -127,8 +127,9 @@ def test_an_epoch_process_is_timed_by_its_lines(tmp_path):
         "    print(f'\\nEpoch: [{epoch}'); time.sleep(0.3 - 0.2 * epoch); print('train loss 1')\n"
     )
     times = summary(time_epochs([sys.executable, str(script)], process_environment(1)))
-    assert 0.3 <= times["first"] < times["whole"]
-    assert 0.1 <= times["later"] < times["first"]
+    # A line may be read late, so an epoch may look shorter than the script has slept.
+    assert 0.2 <= times["first"] < times["whole"]
+    assert 0.05 <= times["later"] < times["first"]
     assert times["start"] > 0
 
 
