@@ -1,1 +1,4 @@
-"""The launcher, and the supervisor that stays beside it; only the standard library is needed."""
+"""Around the workers: the supervisor and what it needs. The standard library only.
+
+launcher.sh builds the commands that it starts: dist_command and horovod_command.
+"""
