@@ -10,7 +10,7 @@ The program is ``run`` of cifar.py; the engine is utils/distributed/horovod.py.
 import os
 import sys
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))  # PYTHONSAFEPATH leaves it out.
+sys.path.insert(0, os.path.dirname(os.path.realpath(__file__)))  # PYTHONSAFEPATH leaves it out.
 
 from cifar import run
 from utils.distributed.horovod import HorovodComm

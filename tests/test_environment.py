@@ -246,6 +246,19 @@ def test_a_script_under_pythonsafepath(script, here, tmp_path):
     assert result.stderr.startswith("error: --epochs: 'x'")
 
 
+@pytest.mark.parametrize("script", ["cifar.py", "cifar_horovod.py"])
+def test_a_link_to_a_script(script, tmp_path):
+    """What lies beside the link is not the project's, whatever its name."""
+    if "horovod" in script and not has_horovod():
+        pytest.skip("Horovod is not installed: ./setup.sh --horovod builds it")
+    (tmp_path / f"link_to_{script}").symlink_to(ROOT / script)
+    for name in ("cifar", "utils", "models"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('not the project')\n")
+    result = run([sys.executable, tmp_path / f"link_to_{script}", "--epochs", "x"])
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: --epochs: 'x'")
+
+
 def test_a_folder_that_is_gone(tmp_path):
     """Nothing works there, not even torch; bash itself complains before the launcher can."""
     command = [LAUNCHER, "-m", "alexnet", "-d", "synthetic10", "--", "-c", tmp_path / "run"]
