@@ -58,7 +58,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         dataset = build.dataset(config.data)
     check_consistency(comm, dataset.fingerprint)  # all-reduce
 
-    # The sets, the steps of an epoch, and the network.
+    # The sets, the steps of an epoch, and the network with the weights of a checkpoint, if any.
     splits = build.splits(dataset, config, comm)  # all-reduce, on GPUs: has each one room?
     plan = build.plan(config, len(splits.train), comm)
     model, memory_format = build.model(config, dataset, splits, loaded, comm)  # broadcast
@@ -77,11 +77,11 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
 
     # Where training starts, and the optimizer.
     state = TrainState.start(config.train, loaded, plan.fingerprint(config.data.dataset))
-    recorder = build.recorder(config, splits.train.storage_device, comm)
-    stack.enter_context(on_stream(recorder))
-    # From here on backward averages the gradients over the workers.
+    graph_recorder = build.recorder(config, splits.train.storage_device, comm)
+    stack.enter_context(on_stream(graph_recorder))
+    # `wrapped` holds `model`, and averages the gradients over the workers in its backward pass.
     wrapped, optimizer = build.optimizer(  # broadcast of rank 0's parameters
-        model, plan.schedule.base, recorder, config, comm
+        model, plan.schedule.base, graph_recorder, config, comm
     )
     if loaded:
         restore_training_state(loaded, model, optimizer, comm)
@@ -102,7 +102,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
 
     # Epochs of steps.
     loop = build.train_loop(  # all-reduces of a dry run, with three DDP workers or more
-        wrapped, optimizer, splits.train, plan, recorder, config, comm
+        wrapped, optimizer, splits.train, plan, graph_recorder, config, comm
     )
     stack.callback(loop.close)
     trainer = Trainer(

@@ -71,8 +71,9 @@ def model_arguments(name: str) -> dict[str, Any]:
         ModelError: There is no such model.
     """
     if name not in _factories:
-        near = difflib.get_close_matches(name.lower(), _factories, n=3) or list_models()
-        raise ModelError("arch", name, f"unknown; choose from {', '.join(near)}")
+        near = ", ".join(difflib.get_close_matches(name.lower(), _factories, n=3))
+        fix = f"did you mean {near}?" if near else f"choose one of {', '.join(list_models())}"
+        raise ModelError("arch", name, f"unknown; {fix}")
     parameters = inspect.signature(_factories[name]).parameters
     return {key: p.default for key, p in parameters.items() if key != "num_classes"}
 

@@ -51,6 +51,16 @@ def test_both_readmes_show_the_same_commands(name):
     assert commands((ROOT / name).read_text()) == commands((ROOT / "README.md").read_text())
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_the_example_of_a_model_passes_the_lint(name):
+    (example,) = re.findall(r"^```python\n(.*?)^```", (ROOT / name).read_text(), re.M | re.S)
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "models/linear.py", "-"]
+    result = subprocess.run(
+        command, cwd=ROOT, input=example, capture_output=True, text=True, timeout=60
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 @pytest.mark.parametrize("recipe", load_recipes().values(), ids=lambda recipe: recipe.name)
 def test_a_recipe_has_the_parameters_that_it_says_and_its_name_as_folder(recipe):
     config = parse_args(recipe.flags).model

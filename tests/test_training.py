@@ -161,7 +161,7 @@ class TestRunFolder:
         ("-a resnet --depth 21", ["--depth 21", "6n + 2", "20, 26"]),
         ("-a preresnet --depth 21 --block-name bottleneck", ["--depth 21", "9n + 2", "20, 29"]),
         ("-a resnet --block-name wide", ["--block-name wide", "bottleneck"]),
-        ("-a alexnt", ["-a 'alexnt'", "choose from alexnet"]),
+        ("-a alexnt", ["-a 'alexnt'", "did you mean alexnet?"]),
         ("-a alexnet --depth 20", ["--depth 20", "alexnet does not take it"]),
         ("-a wrn --growthRate 12", ["--growthRate 12", "wrn does not take it"]),
         ("--backward-passes-per-step 65", ["--train-batch 64", "smaller than 65"]),

@@ -121,8 +121,8 @@ class HardwareConfig:
 class Config:
     """The whole configuration, group by group.
 
-    It goes to ``run``, the parser and utils/training/build.py only; everything else takes the group
-    or the values that it uses.
+    Only what makes it, checks it and hands it on sees all of it: the parser, ``run_worker``,
+    ``run`` and utils/training/build.py. Everything else takes the group or the values it uses.
     """
 
     model: ModelConfig

@@ -1,7 +1,7 @@
 """Comm is all that training may ask of an engine; the base class is the serial engine.
 
-The contract is small and closed. Outside utils/distributed/ nothing knows an engine by name. Every
-rank calls every method that communicates, in the same order; rank 0 alone prints and writes.
+The contract is small and closed. Outside utils/distributed/ only the two scripts name an engine.
+Every rank calls every method that communicates, in the same order; rank 0 alone prints and writes.
 """
 
 import os

@@ -111,7 +111,7 @@ def evaluate_checkpoint(
     comm = evaluator.comm
     confusion = Confusion(len(classes), comm.device) if per_class else None
     result = evaluator(images, confusion)
-    if not comm.is_main_process or loaded is None:
+    if not comm.is_main_process or loaded is None:  # --evaluate always comes with a checkpoint.
         return
     log.info(f"{loaded.path}, after epoch {loaded.content.get('epoch', 'unknown')}")
     if confusion:
