@@ -29,9 +29,8 @@ def one_line(text: str, most: int = 400) -> str:
 
 
 def reason_of(error: BaseException) -> str:
-    """Return why something has failed, in a few words: the system's, else the exception's own."""
-    lines = str(error).strip().splitlines()
-    return getattr(error, "strerror", None) or (lines[0] if lines else type(error).__name__)
+    """Return why something has failed: in the words of the system, else of the exception."""
+    return getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
 
 
 class UserError(Exception):

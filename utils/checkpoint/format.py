@@ -92,7 +92,7 @@ def _unpickled(content: bytes, path: Path, flag: str, trust: bool) -> Any:
     try:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
     except Exception as error:
-        why = reason_of(error)
+        why = reason_of(error).splitlines()[0]
         if "weights_only" in str(error) or "Weights only" in str(error):
             why = (
                 "damaged, or reading it would run code in it: --trust-checkpoint allows that for "

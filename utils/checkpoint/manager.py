@@ -167,7 +167,7 @@ def with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
 
 
 def _reason_and_space(error: Exception, folder: Path) -> str:
-    reason = reason_of(error)
+    reason = reason_of(error).splitlines()[0]
     try:
         return f"{reason}; {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
     except OSError:

@@ -153,7 +153,7 @@ class Attempt:
         self._outcome: Outcome | None = None  # Set where it is known before the launcher ends.
         pipes = [os.pipe() for _ in range(1 + tagged)]
         try:
-            # In a session of its own the launcher gets no signals from the terminal.
+            # After setsid the launcher gets no signals from the terminal.
             self._launcher = subprocess.Popen(
                 command,
                 stdout=pipes[1][1] if tagged else None,
