@@ -31,8 +31,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision import transforms
 
 from utils import log
-from utils.config.args import MODEL_FLAGS, build_parser
-from utils.config.schema import Config, TrainConfig
+from utils.config.args import build_parser
+from utils.config.schema import MODEL_FLAGS, Config, TrainConfig
 from utils.data.datasets import Dataset
 from utils.errors import UserError, command
 from utils.runtime.exit_codes import exit_process

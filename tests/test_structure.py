@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from utils.config.args import build_parser, parse_args
-from utils.config.schema import Config
+from utils.config.schema import MODEL_FLAGS, Config, ModelConfig
 from utils.files import ROOT
 from utils.runtime.provenance import code_fingerprint
 
@@ -72,6 +72,8 @@ def test_every_option_of_the_parser_is_a_field_of_one_group():
     config = parse_args(words)
     assert list(config.options().items()) == list(vars(parsed).items())
     assert Config.from_options(config.options()) == config
+    # All that describes a network but its name goes to the factory.
+    assert {"arch", *MODEL_FLAGS} == {field.name for field in fields(ModelConfig)}
 
 
 def test_a_configuration_never_changes():

@@ -14,8 +14,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from utils.config.args import MODEL_FLAGS, build_parser, parse_args
+from utils.config.args import build_parser, parse_args
 from utils.config.recipes import Recipe, load_recipes
+from utils.config.schema import MODEL_FLAGS
 from utils.errors import UserError, command
 from utils.files import ROOT, write_text
 

@@ -17,19 +17,6 @@ from utils.errors import UserError
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic10", "synthetic100")
 
-# Flags that go to the model's factory, as spelled on the command line. Unset, they leave the
-# model's own default in force.
-MODEL_FLAGS = {
-    "depth": "--depth",
-    "cardinality": "--cardinality",
-    "widen_factor": "--widen-factor",
-    "growth_rate": "--growthRate",
-    "compression_rate": "--compressionRate",
-    "drop": "--drop",
-    "block_name": "--block-name",
-    "checkpoint_activations": "--checkpoint-activations",
-}
-
 _MODELS = "{models}"
 
 

@@ -9,6 +9,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+# Flags that go to the model's factory, as spelled on the command line. Unset, they leave the
+# model's own default in force.
+MODEL_FLAGS = {
+    "depth": "--depth",
+    "cardinality": "--cardinality",
+    "widen_factor": "--widen-factor",
+    "growth_rate": "--growthRate",
+    "compression_rate": "--compressionRate",
+    "drop": "--drop",
+    "block_name": "--block-name",
+    "checkpoint_activations": "--checkpoint-activations",
+}
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -26,11 +39,8 @@ class ModelConfig:
 
     def arguments(self) -> dict[str, Any]:
         """Return the flags that are set, by the names of the arguments of the model's factory."""
-        return {
-            name: value
-            for name, value in vars(self).items()
-            if name != "arch" and value is not None
-        }
+        values = {name: getattr(self, name) for name in MODEL_FLAGS}
+        return {name: value for name, value in values.items() if value is not None}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,7 @@ from utils.checkpoint import run_dir
 from utils.checkpoint.format import describe_model
 from utils.checkpoint.restore import load_model
 from utils.checkpoint.resume import LoadedCheckpoint
-from utils.config.args import MODEL_FLAGS
-from utils.config.schema import Config, DataConfig, ModelConfig
+from utils.config.schema import MODEL_FLAGS, Config, DataConfig, ModelConfig
 from utils.data import sampling
 from utils.data.datasets import Dataset, load_dataset
 from utils.data.image_set import ImageSet, Splits, fits_on_device
