@@ -18,7 +18,7 @@ for argument in "$@"; do
     esac
 done
 
-python=$(./setup.sh --dev --which)
+python=$("$BASH" ./setup.sh --dev --which)
 programs=$("$python" -c 'import sysconfig; print(sysconfig.get_path("scripts"))')
 shopt -s nullglob
 scripts=(*.sh bench/*.sh tools/*.sh .ci/run)

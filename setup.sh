@@ -85,9 +85,11 @@ END
 
 # The active environment's interpreter, if it has everything.
 active() {
-    local name path
+    local name path last=''
     for name in python python3; do
         path=$(command -v "$name") || continue
+        [[ ! $path -ef $last ]] || continue
+        last=$path
         if [[ -z $(lacks "$path") ]]; then
             printf '%s\n' "$path"
             return
@@ -142,9 +144,9 @@ set_up() {
 
 # Horovod goes into the environment that would train.
 if ((horovod)); then
-    python=$("$0" "${@/--horovod/--which}")
+    python=$("$BASH" "$0" "${@/--horovod/--which}")
     cd "$root" # as a random.py may lie where the user stands
-    exec tools/build_horovod.sh "$python"
+    exec "$BASH" tools/build_horovod.sh "$python"
 fi
 
 if [[ $task != setup ]] && active; then

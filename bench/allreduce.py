@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from bench.common import Result, Settings, measure, process_environment
-from tools.commands import engine_class, engine_command, has_horovod
+from tools.commands import engine_class, engine_command
 from utils import log
 from utils.files import write_text
+from utils.launch.commands import has_horovod
 from utils.runtime.exit_codes import exit_process
 
 WORKERS = 2

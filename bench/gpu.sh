@@ -26,5 +26,5 @@ for argument in "$@"; do
             ;;
     esac
 done
-python=$("$here/setup.sh" --which)
+python=$("$BASH" "$here/setup.sh" --which)
 PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} exec "$python" -m bench.gpu "$@"

@@ -31,11 +31,12 @@ from bench.common import (
 )
 from bench.step import DIFFERENT, short_epochs
 from bench.training import Training
-from tools.commands import engine_class, engine_command, has_horovod
+from tools.commands import engine_class, engine_command
 from utils import log
 from utils.config.recipes import Recipe, find_recipe
 from utils.distributed.comm import Comm
 from utils.files import write_text
+from utils.launch.commands import has_horovod
 from utils.runtime.exit_codes import exit_process
 
 BATCH = 128  # The global batch.

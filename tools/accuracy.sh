@@ -65,7 +65,7 @@ train() {
     [[ ! $budget ]] || limit=$((budget - margin - SECONDS))
     mkdir -p "$output/$dataset"
     # The run is in the background, so that a signal to this script is not kept waiting.
-    timeout --foreground --preserve-status --kill-after=60 "$limit" "$root/launcher.sh" \
+    timeout --foreground --preserve-status --kill-after=60 "$limit" "$BASH" "$root/launcher.sh" \
         -m "$recipe" -d "$dataset" -- --checkpoint "$output/$dataset/$recipe" --resume auto \
         "${flags[@]}" >>"$log" 2>&1 &
     pid=$!

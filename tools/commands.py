@@ -1,14 +1,19 @@
 """The commands that start a script with one of the engines, for the other tools and for tests."""
 
-import importlib.util
 import os
-import re
-import socket
 import sys
 from importlib import import_module
 
 from utils.distributed.comm import Comm
 from utils.errors import UserError
+from utils.launch.commands import (
+    dist_command,
+    dist_environment,
+    has_horovod,
+    horovod_command,
+    local_hosts,
+)
+from utils.launch.environment import leftovers
 
 # The engine of each script: its module, which is imported only when it is asked for, and its class.
 _ENGINES = {
@@ -16,21 +21,6 @@ _ENGINES = {
     "cifar_horovod": ("utils.distributed.horovod", "HorovodComm"),
 }
 SCRIPTS = {"serial": "cifar.py", "dist": "cifar.py", "horovod": "cifar_horovod.py"}
-
-# What an outer launcher leaves in the environment would change the meaning of an inner one.
-_INHERITED = re.compile("(LOCAL_)?(RANK|WORLD_SIZE)|(MASTER|PET|TORCHELASTIC|HOROVOD)_.*")
-
-
-def free_port() -> int:
-    """Return a port on 127.0.0.1 that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-def has_horovod() -> bool:
-    """Return whether Horovod is installed."""
-    return importlib.util.find_spec("horovod") is not None
 
 
 def engine_class(script: str) -> type[Comm]:
@@ -44,9 +34,7 @@ def engine_class(script: str) -> type[Comm]:
 
 
 def engine_command(engine: str, workers: int, *script: str) -> list[str]:
-    """Return the command that starts a script with an engine on this machine, for tools and tests.
-
-    What users start is built by launcher.sh.
+    """Return the command that starts a script with an engine on this machine, as launcher.sh does.
 
     Args:
         engine: "serial", "dist" or "horovod".
@@ -59,24 +47,22 @@ def engine_command(engine: str, workers: int, *script: str) -> list[str]:
     if engine == "serial":
         return [sys.executable, *script]
     if engine == "dist":
-        return [
-            sys.executable, "-W", "ignore::FutureWarning", "-m", "torch.distributed.launch",
-            f"--nproc_per_node={workers}", "--master_addr=127.0.0.1",
-            f"--master_port={free_port()}", "--log-dir=/dev/null", *script,
-        ]  # fmt: skip
+        return dist_command(sys.executable, workers, script)
     if not has_horovod():
         raise UserError("Horovod is not installed: ./setup.sh --horovod builds it")
-    return [
-        sys.executable, "-m", "horovod.runner.launch", "-np", str(workers),
-        "-H", f"localhost:{workers}", "--gloo", sys.executable, *script,
-    ]  # fmt: skip
+    return horovod_command(sys.executable, workers, script, local_hosts(workers))
 
 
 def clean_environment(**changes: str) -> dict[str, str]:
-    """Return this process's environment without what an outer launcher has left.
+    """Return the environment for ``engine_command``: this one, without what an outer job has left.
 
     Args:
         changes: Variables to add or to replace.
     """
-    kept = {name: value for name, value in os.environ.items() if not _INHERITED.fullmatch(name)}
-    return {**kept, **changes}
+    dropped = leftovers(os.environ)
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in dropped and not name.startswith("HOROVOD_")
+    }
+    return {**kept, **changes, **dist_environment({**kept, **changes})}

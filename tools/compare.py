@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 
-from tools.commands import engine_command, has_horovod
+from tools.commands import engine_command
 from utils.checkpoint.format import LATEST, load
 from utils.config.recipes import Recipe, find_recipe
 from utils.errors import BAD_INPUT, FAILED, command
 from utils.files import ROOT, make_output, write_atomically, write_text
+from utils.launch.commands import has_horovod
 
 ONE_PROCESS = "one process"
 ENGINES = (ONE_PROCESS, "dist", "horovod")
@@ -117,7 +118,7 @@ def _train(
         words = engine_command("serial", 1, str(ROOT / "cifar.py"), *recipe.flags)
         words += ["-d", options.dataset, "--data", str(ROOT / "data"), *last]
     else:
-        words = [str(ROOT / "launcher.sh"), "-m", recipe.name, "-n", str(options.workers)]
+        words = ["bash", str(ROOT / "launcher.sh"), "-m", recipe.name, "-n", str(options.workers)]
         words += ["-d", options.dataset, "-f", engine, "--", *last]
     print(f"-- {engine}{' without exchange' if more else ''}", flush=True)
     # The training's own report would bury the comparison; its errors go to the screen.

@@ -1,7 +1,7 @@
 """Results of whole runs, kept in docs/results/<recipe>/<data set>/seed<N>/ and shown as a table.
 
 python -m tools.results add RUN_FOLDER     copies log.txt and metrics.jsonl, makes result.json
-python -m tools.results table              prints the table that tools/readme.py puts into READMEs
+python -m tools.results table              prints the table that tools/readme.py puts into documents
 python -m tools.results state RUN_FOLDER   says how far a run has come; exit code 1 before its end
 """
 
@@ -34,9 +34,9 @@ RE_ENCODED = (
 
 # Options that say where files are and what is reported. They change no result.
 _WITHOUT_EFFECT = {
-    "help", "dataset", "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint",
-    "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id",
-    "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
+    "help", "version", "dataset", "data", "data_url", "data_archive", "data_md5", "workers",
+    "checkpoint", "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas",
+    "gpu_id", "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
 }  # fmt: skip
 
 

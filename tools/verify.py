@@ -27,10 +27,11 @@ from typing import Any
 
 import torch
 
-from tools.commands import SCRIPTS, clean_environment, engine_command, has_horovod
+from tools.commands import SCRIPTS, clean_environment, engine_command
 from tools.fault_injection import MISTAKES
 from utils.checkpoint.format import LATEST, load
 from utils.files import ROOT
+from utils.launch.commands import has_horovod
 
 FAILED = 1
 COMMON = [

@@ -14,6 +14,7 @@ from utils.config.arg_types import ArgumentParser, matching, one_of, path, real_
 from utils.config.schema import Config
 from utils.config.validation import check
 from utils.errors import UserError
+from utils.version import VERSION
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic10", "synthetic100")
 
@@ -42,6 +43,10 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=_HelpFormatter,
         allow_abbrev=False,
     )
+    parser.add_argument(
+        "--version", action="version", version=f"CIFAR all-reduce {VERSION}",
+        help="print the version of this project and exit",
+    )  # fmt: skip
     _add_model_flags(parser.add_argument_group("model (unset flags leave the model's own value)"))
     _add_data_flags(parser.add_argument_group("data"))
     _add_training_flags(parser.add_argument_group("training"))

@@ -1,20 +1,12 @@
-"""The recipes of recipes.tsv: their names and spellings.
-
-For launcher.sh:
-
-    python -m utils.config.recipes find NAME   prints the recipe's name, then its flags
-    python -m utils.config.recipes list        prints the table
-"""
+"""The recipes of recipes.tsv: their names and spellings."""
 
 import difflib
 import re
 import shlex
-import signal
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import BAD_INPUT, UserError
+from utils.errors import UserError
 from utils.files import ROOT
 
 FILE = ROOT / "recipes.tsv"
@@ -47,7 +39,7 @@ def load_recipes(path: Path = FILE) -> dict[str, Recipe]:
     """Return all recipes by name, in the file's order.
 
     Raises:
-        ValueError: A line is wrong; it names the line and the column.
+        UserError: A line is wrong; it names the line and the column.
     """
     recipes: dict[str, Recipe] = {}
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
@@ -56,7 +48,7 @@ def load_recipes(path: Path = FILE) -> dict[str, Recipe]:
         where = f"{path}, line {number}"
         recipe = _read_line(line, where)
         if recipe.name in recipes:
-            raise ValueError(f"{where}: {recipe.name} stands there twice")
+            raise UserError(f"{where}: {recipe.name} stands there twice")
         recipes[recipe.name] = recipe
     return recipes
 
@@ -65,7 +57,7 @@ def _read_line(line: str, where: str) -> Recipe:
     fields = line.split("\t")
     if len(fields) != len(COLUMNS):
         wanted = ", ".join(COLUMNS)
-        raise ValueError(f"{where}: {len(fields)} columns; give {wanted}, one tab between two")
+        raise UserError(f"{where}: {len(fields)} columns; give {wanted}, one tab between two")
     name, flags, parameters, authors, bearpaw = fields
     try:
         words = tuple(shlex.split(flags))
@@ -80,7 +72,7 @@ def _read_line(line: str, where: str) -> Recipe:
     }
     for column, (value, good, fix) in fits.items():
         if not good:
-            raise ValueError(f"{where}: {column} {value!r}; {fix}")
+            raise UserError(f"{where}: {column} {value!r}; {fix}")
     return Recipe(name, words, int(parameters), authors, bearpaw)
 
 
@@ -114,36 +106,16 @@ def find_recipe(name: str) -> Recipe:
     raise UserError(f"-m {name!r}: no such recipe; {fix}")
 
 
-def table() -> str:
-    """Return the recipes as aligned text."""
+def listing() -> str:
+    """Return the recipes as a table of aligned text that says what its columns are."""
     rows = [("recipe", "parameters", "authors", "bearpaw", "flags")]
     for recipe in load_recipes().values():
         count = f"{recipe.parameters / 1e6:.2f} M"
         rows.append((recipe.name, count, recipe.authors, recipe.bearpaw, shlex.join(recipe.flags)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
-    return "\n".join(
+    lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]])
         for row in rows
-    )
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line of the module's docstring and return the exit code."""
-    try:
-        if argv == ["list"]:
-            print(table())
-            print("authors, bearpaw: published test error in % on CIFAR-10 / CIFAR-100")
-        elif len(argv) == 2 and argv[0] == "find":
-            recipe = find_recipe(argv[1])
-            print(recipe.name, *recipe.flags, sep="\n")
-        else:
-            raise UserError("usage: python -m utils.config.recipes find NAME | list")
-    except (UserError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return BAD_INPUT
-    return 0
-
-
-if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # For ``--list | head``.
-    raise SystemExit(main(sys.argv[1:]))
+    ]
+    lines.append("authors, bearpaw: published test error in % on CIFAR-10 / CIFAR-100\n")
+    return "\n".join(lines)

@@ -1,4 +1,1 @@
-"""Around the workers: the supervisor and what it needs. The standard library only.
-
-launcher.sh builds the commands that it starts: dist_command and horovod_command.
-"""
+"""Around the workers: launcher, supervisor and what they need. The standard library only."""

@@ -29,7 +29,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
@@ -132,12 +132,18 @@ class Attempt:
     """
 
     def __init__(
-        self, command: Sequence[str], tagged: bool, restarts: int, requests: Requests
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        tagged: bool,
+        restarts: int,
+        requests: Requests,
     ) -> None:
         """Start the command.
 
         Args:
             command: The launcher and its arguments.
+            environment: The environment of the launcher.
             tagged: Whether the launcher is horovodrun.
             restarts: The number of attempts before this one.
             requests: The requests of the user.
@@ -158,7 +164,7 @@ class Attempt:
                 command,
                 stdout=pipes[1][1] if tagged else None,
                 stderr=pipes[0][1],
-                env=_launcher_environment(self._server.name, restarts, tagged),
+                env=_launcher_environment(environment, self._server.name, restarts, tagged),
                 start_new_session=True,
                 preexec_fn=_end_with_supervisor,
             )
@@ -290,10 +296,12 @@ class Attempt:
         return Outcome(FAILED, f"{who} failed with exit code {code}")
 
 
-def _launcher_environment(server_name: str, restarts: int, tagged: bool) -> dict[str, str]:
+def _launcher_environment(
+    given: Mapping[str, str], server_name: str, restarts: int, tagged: bool
+) -> dict[str, str]:
     """Return the environment of an attempt, without the variables of an outer supervisor."""
     own = (SERVER_VARIABLE, RESTARTS_VARIABLE)
-    environment = {key: value for key, value in os.environ.items() if key not in own}
+    environment = {key: value for key, value in given.items() if key not in own}
     if server_name:
         environment[SERVER_VARIABLE] = server_name
     if restarts:
@@ -322,11 +330,17 @@ def _describe_stall(stalled: list[Worker], living: list[Worker]) -> str:
     return f"{who} gone on for {seconds:g} s ({stalled[0].activity}{note})"
 
 
-def supervise(command: Sequence[str], tagged: bool = False, max_restarts: int = 0) -> int:
+def supervise(
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    tagged: bool = False,
+    max_restarts: int = 0,
+) -> int:
     """Run a launcher, and start it again after failures that need not occur again.
 
     Args:
         command: The launcher and its arguments.
+        environment: The environment of the launcher.
         tagged: Whether the launcher is horovodrun.
         max_restarts: The number of restarts that are allowed.
 
@@ -338,7 +352,7 @@ def supervise(command: Sequence[str], tagged: bool = False, max_restarts: int = 
     restarts = 0
     while True:
         try:
-            attempt = Attempt(command, tagged, restarts, requests)
+            attempt = Attempt(command, environment, tagged, restarts, requests)
         except OSError as error:
             print(f"error: cannot start {command[0]}: {error.strerror}", file=sys.stderr)
             return FAILED if restarts else BAD_INPUT
@@ -367,7 +381,7 @@ def main(arguments: Sequence[str]) -> int:
     command = words[end + 1 :]
     if not command:
         parser.error("no command")
-    return supervise(command, options.tagged, options.max_restarts)
+    return supervise(command, os.environ, options.tagged, options.max_restarts)
 
 
 if __name__ == "__main__":

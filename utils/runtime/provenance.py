@@ -15,6 +15,7 @@ import torch
 
 from utils.distributed.comm import Comm
 from utils.files import ROOT
+from utils.version import VERSION
 
 
 def code_fingerprint(root: Path = ROOT) -> dict[str, object]:
@@ -26,8 +27,9 @@ def code_fingerprint(root: Path = ROOT) -> dict[str, object]:
 
 
 def versions() -> dict[str, str]:
-    """Return the versions of what computes."""
+    """Return the versions of this project and of what computes."""
     return {
+        "cifar-allreduce": VERSION,
         "python": platform.python_version(),
         "torch": str(torch.__version__),  # It is a subclass of str otherwise.
         "numpy": np.__version__,

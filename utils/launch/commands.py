@@ -1,0 +1,140 @@
+"""The commands that start the workers of a job on both engines.
+
+Here alone stand the options of torch.distributed.launch and of horovodrun.
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from utils.files import ROOT
+
+# The network interfaces of this machine, where there is such a folder.
+INTERFACES = Path("/sys/class/net")
+
+# Where the workers of one machine meet: loopback/loopback.py.
+LOOPBACK = ROOT / "utils" / "launch" / "loopback"
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """Where the workers of a Horovod job run.
+
+    Attributes:
+        hosts: ``host:slots,...``; empty where ``discovery`` is set.
+        interfaces: The network interfaces that the hosts reach each other by, separated by commas;
+            empty where Horovod is to look for them.
+        min_np: The least number of workers that an elastic job continues with; 0 for a job that is
+            not elastic.
+        max_np: The largest number of workers of an elastic job.
+        discovery: The path of the program that prints the hosts of the moment; empty for none.
+    """
+
+    hosts: str
+    interfaces: str = ""
+    min_np: int = 0
+    max_np: int = 0
+    discovery: str = ""
+
+
+def safe_python(python: str) -> list[str]:
+    """Return the start of a command that finds no module in the folder where the user stands.
+
+    Python 3.10 has no option for that.
+    """
+    return [python, "-P"] if sys.version_info >= (3, 11) else [python]
+
+
+def dist_command(python: str, workers: int, script: Sequence[str], port: int = 0) -> list[str]:
+    """Return the command that starts the workers of DistributedDataParallel on this machine.
+
+    It needs the variables of ``dist_environment``.
+
+    Args:
+        python: The interpreter.
+        workers: The number of workers.
+        script: The path of the script and its arguments.
+        port: The port of the rendezvous on 127.0.0.1; 0 for a free one.
+    """
+    # The launcher announces that it will be replaced one day; nobody who trains can act on that.
+    # Without a log folder it would make one in /tmp at each start and leave it there.
+    return [
+        *safe_python(python), "-W", "ignore::FutureWarning", "-m", _launch_module(),
+        f"--nproc_per_node={workers}", "--rdzv-backend=loopback",
+        f"--rdzv-endpoint=127.0.0.1:{port}", "--log-dir=/dev/null",
+        # The launcher reads $ in what follows as the start of a name, and $$ as $.
+        *(word.replace("$", "$$") for word in script),
+    ]  # fmt: skip
+
+
+def dist_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that ``dist_command`` needs beside those of an environment."""
+    paths = [str(LOOPBACK), *filter(None, [environment.get("PYTHONPATH")])]
+    added = {"PYTHONPATH": os.pathsep.join(paths)}
+    if interface := environment.get("GLOO_SOCKET_IFNAME") or loopback_interface():
+        added["GLOO_SOCKET_IFNAME"] = interface
+    return added
+
+
+def loopback_interface() -> str:
+    """Return the name of the network interface for workers on this machine; empty if unknown."""
+    return "lo" if (INTERFACES / "lo").exists() else ""
+
+
+def _launch_module() -> str:
+    """Return the module that starts the workers: torch.distributed.run where launch is gone."""
+    spec = importlib.util.find_spec("torch")
+    here = not spec or (Path(spec.origin or "").parent / "distributed" / "launch.py").exists()
+    return "torch.distributed.launch" if here else "torch.distributed.run"
+
+
+def local_hosts(workers: int) -> Hosts:
+    """Return the place of a Horovod job on this machine, which no other machine can reach."""
+    return Hosts(f"localhost:{workers}", loopback_interface())
+
+
+def horovod_command(python: str, workers: int, script: Sequence[str], place: Hosts) -> list[str]:
+    """Return the command that starts the workers of Horovod.
+
+    Args:
+        python: The interpreter, which has Horovod.
+        workers: The number of workers.
+        script: The path of the script and its arguments.
+        place: Where the workers run.
+    """
+    program = Path(python).with_name("horovodrun")
+    runner = [str(program)] if os.access(program, os.X_OK) else ["-m", "horovod.runner.launch"]
+    command = [*safe_python(python), *runner, "-np", str(workers), "--gloo", "--disable-cache"]
+    if place.discovery:
+        path = place.discovery if "/" in place.discovery else f"./{place.discovery}"
+        command += ["--host-discovery-script", shlex.quote(path)]  # horovodrun hands it to a shell.
+    else:
+        command += ["-H", place.hosts]
+    if place.interfaces:
+        command += ["--network-interfaces", place.interfaces]
+    if place.min_np:
+        command += ["--min-np", str(place.min_np), "--max-np", str(place.max_np)]
+    return [*command, python, *script]
+
+
+def has_horovod() -> bool:
+    """Return whether this Python has Horovod."""
+    return importlib.util.find_spec("horovod") is not None
+
+
+def shell_line(words: Sequence[str]) -> str:
+    """Return words as one line that a shell reads as they are."""
+    return " ".join(_quote(word) for word in words)
+
+
+def _quote(word: str) -> str:
+    if not re.search(r"[\x00-\x1f\x7f]", word):
+        return shlex.quote(word)
+    # In plain quotes a control character would not be what it looks like.
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    return "$'" + re.sub(r"[\x00-\x1f\x7f]", lambda c: ascii(c[0])[1:-1], escaped) + "'"

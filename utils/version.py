@@ -1,0 +1,3 @@
+"""The version of this project, for --version, args.json, checkpoints and the package's metadata."""
+
+VERSION = "0.9.0"
