@@ -1,0 +1,162 @@
+"""Scripts in processes that have imported torch already.
+
+Most of a start is importing torch. Where a test is about training, and not about how a process
+starts, its workers are forked from one server that has imported everything: the script, its
+arguments, its environment and the engine are the real ones. tests/launch and those tests that call
+``run`` start scripts as users do.
+"""
+
+import contextlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import forkserver, resource_tracker
+from unittest import mock
+
+import pytest
+
+from helpers.process import environment, kill, marked_processes
+from utils.files import ROOT
+
+_PRELOAD = [
+    "pytest", "torch", "torch._dynamo", "torch.distributed", "matplotlib.pyplot", "cifar",
+    "helpers.warm", "tools.fault_injection", "utils.distributed.ddp", "utils.runtime.exit_codes",
+]  # fmt: skip
+
+
+def run_warm(words, workers=1, *, env=None, cwd=ROOT, timeout=100) -> subprocess.CompletedProcess:
+    """Run a Python script with its arguments, and return what it has said and its exit code.
+
+    Several workers meet as under srun, by variables of the environment. When one has failed, the
+    others are ended, as torch.distributed.launch does, and its exit code is that of the job.
+
+    Args:
+        words: The path of the script and its arguments, or -m, a module and its arguments.
+        workers: The number of workers; one is started as without a launcher.
+        env: The environment.
+        cwd: The current folder.
+        timeout: Seconds after which all is killed and the test fails.
+    """
+    words = [str(word) for word in words]
+    before = marked_processes()
+    server = _server()
+    out, err = _Stream(server), _Stream(server)
+    started = [
+        server.Process(
+            target=_become,
+            args=(words, {**(env or environment()), **place}, cwd, out.end, err.end),
+        )
+        for place in _places(workers)
+    ]
+    for process in started:
+        process.start()
+    out.end.close()
+    err.end.close()
+    code = _wait(started, time.monotonic() + timeout)
+    if code is None:
+        kill(marked_processes() - before)
+    texts = out.text(), err.text()
+    if code is None:
+        pytest.fail(f"hangs for {timeout} s: {words}\n{texts[0][-2000:]}\n{texts[1][-2000:]}")
+    return subprocess.CompletedProcess(words, code, *texts)
+
+
+class _Stream:
+    """A pipe from the workers, which a thread reads to its end.
+
+    Attributes:
+        end: The end that the workers write to.
+    """
+
+    def __init__(self, server) -> None:
+        self._reading, self.end = server.Pipe(duplex=False)
+        self._parts = []
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    def _read(self) -> None:
+        while part := os.read(self._reading.fileno(), 1 << 16):
+            self._parts.append(part)
+
+    def text(self) -> str:
+        """What has come, once every process that could write has ended."""
+        self._thread.join(30)
+        assert not self._thread.is_alive(), "a process that nobody waits for still writes"
+        self._reading.close()
+        return b"".join(self._parts).decode(errors="replace")
+
+
+def stop_server() -> None:
+    """End the server, if it has been started."""
+    forkserver._forkserver._stop()
+    resource_tracker._resource_tracker._stop()
+
+
+def _server():
+    """The context whose processes are forked from the server, which starts at the first call."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOAD)
+    with mock.patch.dict(os.environ, environment(), clear=True):
+        forkserver.ensure_running()
+    return context
+
+
+def _places(workers):
+    """The variables that tell each of several workers its rank, and where they meet."""
+    if workers == 1:
+        return [{}]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers),
+            "LOCAL_WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        }
+        for rank in range(workers)
+    ]  # fmt: skip
+
+
+def _become(words, env, cwd, out, err) -> None:
+    """Be the script, in a session of its own; its standard streams go to the pipes."""
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    multiprocessing.set_start_method(None, force=True)  # The script's own processes are no matter.
+    for number, end in ((1, out), (2, err)):
+        os.dup2(end.fileno(), number)
+        end.close()
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    if words[0] == "-m":
+        sys.argv = words[1:]
+        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def _wait(started, deadline) -> int | None:
+    """Wait for the workers; return the exit code of the first that fails, None when it is late."""
+    while time.monotonic() < deadline:
+        codes = [process.exitcode for process in started]
+        failed = [code for code in codes if code]
+        if failed:
+            for process in started:
+                process.terminate()
+                process.join(5)
+                with contextlib.suppress(ProcessLookupError):
+                    process.kill()
+                process.join()
+            return failed[0]
+        if None not in codes:
+            return 0
+        multiprocessing.connection.wait([p.sentinel for p in started], timeout=0.5)
+    return None

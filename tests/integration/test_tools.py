@@ -1,0 +1,132 @@
+"""The commands of tools/, on real checkpoints and images."""
+
+import importlib.util
+import json
+import sys
+from collections import OrderedDict
+
+import pytest
+import torch
+from PIL import Image
+
+from helpers.warm import run_warm
+from models import create_model
+from utils.checkpoint import format as checkpoint
+from utils.data import synthetic
+from utils.files import ROOT
+from utils.launch.commands import has_horovod
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A checkpoint as a run leaves it, of a network that has seen no training."""
+    torch.manual_seed(0)
+    model = create_model("alexnet")
+    path = tmp_path_factory.mktemp("run") / "model.pth.tar"
+    mean, std = synthetic.STATISTICS
+    state = {
+        "format": 1, "epoch": 3, "step": 0, "acc": 61.5, "best_acc": 62.25,
+        "classes": list(synthetic.class_names(10)), "dataset": "synthetic10",
+        "mean": list(mean), "std": list(std), "workers": 2, "versions": {"torch": "2.6"},
+        "state_dict": model.state_dict(), "optimizer": {},
+    }  # fmt: skip
+    torch.save(state, path)
+    return path
+
+
+@pytest.fixture
+def tool():
+    """Run a file of tools/ from another folder, as a script."""
+
+    def start(name, *arguments, **options):
+        return run_warm([ROOT / "tools" / name, *arguments], **options)
+
+    return start
+
+
+def test_inspect_says_what_a_file_holds(tool, trained, tmp_path):
+    """One of ours, and one of an old script: DataParallel's names, 164 layers, no arch."""
+    model = create_model("resnet", depth=164, block_name="bottleneck", num_classes=100)
+    old = tmp_path / "old.pth.tar"
+    weights = OrderedDict((f"module.{k}", v) for k, v in model.state_dict().items())
+    torch.save({"epoch": 164, "state_dict": weights, "acc": 71.0, "best_acc": 71.14}, old)
+    result = tool("inspect.py", trained, old, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    ours, theirs = result.stdout.split(f"file       {old}")
+    for words in ("alexnet", "2,472,266 parameters", "3 epochs", "62.25 %", "synthetic10"):
+        assert words in ours
+    for words in ("depth 164", "num_classes 100", "ResNet-110", "another script", "71.14 %"):
+        assert words in theirs
+
+
+def test_inspect_refuses_what_is_no_checkpoint(tool, tmp_path):
+    (tmp_path / "x").write_text("x")
+    result = tool("inspect.py", tmp_path / "x")
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_predict_names_the_likeliest_classes(tool, trained, tmp_path):
+    image = tmp_path / "image.png"
+    Image.fromarray(synthetic.generate(10, train=False, count=1)[0][0]).save(image)
+    result = tool("predict.py", trained, image)
+    assert result.returncode == 0, result.stderr
+    name, *lines = result.stdout.splitlines()
+    assert name == str(image)
+    assert len(lines) == 5
+    assert {line.split()[2] for line in lines} <= set(synthetic.class_names(10))
+    shares = [float(line.split()[0]) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+    assert tool("predict.py", trained, tmp_path / "none.png").returncode == 2
+
+
+@pytest.mark.parametrize(
+    ("flag", "package"), [("--safetensors", "safetensors"), ("--onnx", "onnx")]
+)
+def test_exported_networks_are_checked_on_images(tool, trained, tmp_path, flag, package):
+    target = tmp_path / "exported"
+    result = tool("export.py", trained, flag, target)
+    if importlib.util.find_spec(package) is None:
+        assert result.returncode == 2
+        assert f"pip install {package}" in result.stderr
+        return
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "same logits on 100 images" in result.stdout
+    assert target.stat().st_size > 2_472_266 * 4 * 0.99
+
+
+def test_the_hub_builds_and_loads(run, trained, tmp_path):
+    program = (
+        "import torch; "
+        f"a = torch.hub.load({str(ROOT)!r}, 'resnet', source='local', depth=110); "
+        "print(sum(p.numel() for p in a.parameters())); "
+        f"b = torch.hub.load({str(ROOT)!r}, 'alexnet', source='local', "
+        f"checkpoint={str(trained)!r}); "
+        "print(float(b.classifier.weight.sum()))"
+    )
+    result = run([sys.executable, "-c", program], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    count, total = result.stdout.split()
+    assert count == "1730714"
+    weight = checkpoint.load(trained)["state_dict"]["classifier.weight"]
+    assert float(total) == pytest.approx(float(weight.sum()))
+
+
+@pytest.mark.timeout(240)  # five runs
+def test_engines_agree_in_every_parameter_after_twenty_steps(run, tmp_path):
+    """The report of --compare: one process, dist and, where it is there, Horovod."""
+    command = [ROOT / "launcher.sh", "--compare", "-m", "alexnet", "-n", "2", "-d", "synthetic10"]
+    flags = "--epochs 1 --train-size 160 --train-batch 8 --test-size 64 --lr 0.01 --dtype float64"
+    result = run([*command, "--", *flags.split()], cwd=tmp_path, timeout=220)
+    assert result.returncode == 0, result.stderr
+    report = json.loads((tmp_path / "compare" / "compare.json").read_text())["summary"]["engines"]
+    assert set(report) == {"one process", "dist"} | ({"horovod"} if has_horovod() else set())
+    assert has_horovod() or "Horovod is not installed" in result.stdout
+    for engine, numbers in report.items():
+        assert numbers["steps"] == 20
+        assert numbers["workers"] == (1 if engine == "one process" else 2)
+        assert numbers["largest_loss_difference"] < 1e-9
+        assert numbers["largest_parameter_difference"] < 1e-9
+        assert f"{numbers['images_per_second']:,.0f}" in result.stdout
+    assert (tmp_path / "compare" / "compare.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["compare"]
