@@ -1,4 +1,4 @@
-"""Write the tables of the READMEs from what they describe.
+"""Write into the documents what is generated: tables, and the usage of the launcher.
 
 python -m tools.readme           rewrites the tables
 python -m tools.readme --check   says which file is out of date; the exit code is then 1
@@ -6,17 +6,21 @@ python -m tools.readme --check   says which file is out of date; the exit code i
 
 import argparse
 import sys
+from itertools import groupby
 
 from tools import results
 from utils.config.args import build_parser
-from utils.config.recipes import load_recipes
+from utils.config.recipes import Recipe, load_recipes
 from utils.files import ROOT
+from utils.launch.options import USAGE
 
-FILES = ("README.md", "README.zh-CN.md", "docs/results/README.md")
+FILES = (
+    "README.md", "README.zh-CN.md", "docs/flags.md", "docs/recipes.md", "docs/results/README.md"
+)  # fmt: skip
 
 
 def recipes_table() -> str:
-    """Return the recipes with their parameters and published errors."""
+    """Return the recipes with their parameters, published errors and flags."""
     lines = ["| `-m` | parameters | authors | bearpaw | flags |", "|---|---|---|---|---|"]
     for recipe in load_recipes().values():
         lines.append(
@@ -24,6 +28,22 @@ def recipes_table() -> str:
             f"| `{' '.join(recipe.flags)}` |"
         )
     return "\n".join(lines)
+
+
+def short_recipes_table() -> str:
+    """Return the recipes without flags; neighbours with the same published errors share a row."""
+    lines = ["| `-m` | parameters | authors | bearpaw |", "|---|---|---|---|"]
+    for published, group in groupby(load_recipes().values(), _published):
+        recipes = list(group)
+        names = ", ".join(recipe.name for recipe in recipes)
+        sizes = sorted(recipe.parameters / 1e6 for recipe in recipes)
+        size = f"{sizes[0]:.2f}" + (f" - {sizes[-1]:.2f}" if len(sizes) > 1 else "")
+        lines.append(f"| {names} | {size} M | {' | '.join(published)} |")
+    return "\n".join(lines)
+
+
+def _published(recipe: Recipe) -> tuple[str, str]:
+    return recipe.authors, recipe.bearpaw
 
 
 def flags_table() -> str:
@@ -54,7 +74,13 @@ def _flag_row(action: argparse.Action, formatter: argparse.HelpFormatter) -> str
     return f"| `{flag}` | {meaning} |".replace("FILE|auto", "FILE\\|auto")
 
 
-TABLES = {"recipes": recipes_table, "flags": flags_table, "results": results.table}
+TABLES = {
+    "recipes": recipes_table,
+    "recipes-short": short_recipes_table,
+    "flags": flags_table,
+    "launcher": lambda: f"```\n{USAGE}```",
+    "results": results.table,
+}
 
 
 def updated(text: str) -> str:
@@ -75,7 +101,7 @@ def updated(text: str) -> str:
 
 def main() -> int:
     """Rewrite the tables, or check them, and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the tables of the READMEs.")
+    parser = argparse.ArgumentParser(description="Write the tables of the documents.")
     parser.add_argument("--check", action="store_true", help="change nothing, report only")
     check = parser.parse_args().check
     stale = []
