@@ -41,7 +41,7 @@ case $status in
     0) unset CIFAR_PYTHON ;;
     1)
         export CIFAR_PYTHON=$python
-        python=$(command -v python3 || command -v python)
+        python=$(command -v python3 || command -v python) || fail 'no Python found; install python3'
         ;;
     *) exit "$status" ;;
 esac

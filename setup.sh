@@ -85,11 +85,9 @@ END
 
 # The active environment's interpreter, if it has everything.
 active() {
-    local name path last=''
+    local name path
     for name in python python3; do
         path=$(command -v "$name") || continue
-        [[ ! $path -ef $last ]] || continue
-        last=$path
         if [[ -z $(lacks "$path") ]]; then
             printf '%s\n' "$path"
             return
@@ -149,12 +147,12 @@ if ((horovod)); then
     exec "$BASH" tools/build_horovod.sh "$python"
 fi
 
-if [[ $task != setup ]] && active; then
+if [[ $task != setup ]] && python=$(active); then
+    printf '%s\n' "$python"
     exit 0
 fi
 if ! complete; then
     if [[ $task == find ]]; then
-        base_python >/dev/null
         printf '%s\n' "$venv/bin/python"
         exit 1
     fi

@@ -11,7 +11,7 @@ import torch
 from helpers.archives import small_cifar10
 from helpers.process import kill, marked_processes, run
 from helpers.runs import COMMON, MODELS
-from helpers.warm import run_warm, stop_server
+from helpers.warm import run_warm, server_processes, stop_server
 from tools.commands import SCRIPTS, engine_command
 from utils.files import ROOT
 from utils.launch.commands import has_horovod
@@ -27,12 +27,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def no_process_is_left():
     """At the end nothing that a test started is alive."""
     yield
-    stop_server()
     deadline = time.monotonic() + 5
-    while (left := marked_processes()) and time.monotonic() < deadline:
+    while (left := marked_processes() - server_processes()) and time.monotonic() < deadline:
         time.sleep(0.1)
     commands = [Path(f"/proc/{process}/cmdline").read_bytes() for process in left]
     kill(left)
+    stop_server()
     assert commands == []
 
 

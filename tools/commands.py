@@ -13,7 +13,7 @@ from utils.launch.commands import (
     horovod_command,
     local_hosts,
 )
-from utils.launch.environment import leftovers
+from utils.launch.environment import without_leftovers
 
 # The engine of each script: its module, which is imported only when it is asked for, and its class.
 _ENGINES = {
@@ -59,10 +59,6 @@ def clean_environment(**changes: str) -> dict[str, str]:
     Args:
         changes: Variables to add or to replace.
     """
-    dropped = leftovers(os.environ)
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in dropped and not name.startswith("HOROVOD_")
-    }
+    inherited = without_leftovers(os.environ).items()
+    kept = {name: value for name, value in inherited if not name.startswith("HOROVOD_")}
     return {**kept, **changes, **dist_environment({**kept, **changes})}

@@ -24,7 +24,7 @@ import torch
 from tools.commands import engine_command
 from utils.checkpoint.format import LATEST, load
 from utils.config.recipes import Recipe, find_recipe
-from utils.errors import BAD_INPUT, FAILED, command
+from utils.errors import BAD_INPUT, FAILED, UserError, command
 from utils.files import ROOT, make_output, write_atomically, write_text
 from utils.launch.commands import has_horovod
 
@@ -123,6 +123,8 @@ def _train(
     print(f"-- {engine}{' without exchange' if more else ''}", flush=True)
     # The training's own report would bury the comparison; its errors go to the screen.
     subprocess.run(words, check=True, stdout=subprocess.DEVNULL)
+    if not trace.exists():
+        raise UserError("--compare: nothing was trained; leave out flags such as -h, --estimate")
     return json.loads(trace.read_text()), load(run / LATEST)["state_dict"]
 
 

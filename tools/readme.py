@@ -6,6 +6,7 @@ python -m tools.readme --check   says which file is out of date; the exit code i
 
 import argparse
 import sys
+from collections.abc import Mapping
 from itertools import groupby
 
 from tools import results
@@ -83,19 +84,30 @@ TABLES = {
 }
 
 
-def updated(text: str) -> str:
+# What the tables say in README.zh-CN.md.
+CHINESE = {
+    "| parameters | authors | bearpaw |": "| 参数量 | 论文作者 | bearpaw |",
+    results.NONE_YET: "尚未发布完整训练的结果。",
+}
+
+
+def updated(text: str, words: Mapping[str, str]) -> str:
     """Return a text with every marked table made anew.
 
     A table stands between ``<!-- name: begin ... -->`` and ``<!-- name: end -->``.
 
     Args:
         text: The content of a file, which need not have all tables.
+        words: What to replace in the tables.
     """
     for name, table in TABLES.items():
         begin, end = text.find(f"<!-- {name}: begin"), text.find(f"<!-- {name}: end")
         if begin >= 0:
             start = text.index("\n", begin) + 1
-            text = text[:start] + table() + "\n" + text[end:]
+            made = table()
+            for word, replacement in words.items():
+                made = made.replace(word, replacement)
+            text = f"{text[:start]}{made}\n{text[end:]}"
     return text
 
 
@@ -108,10 +120,11 @@ def main() -> int:
     for name in FILES:
         path = ROOT / name
         text = path.read_text()
-        if updated(text) != text:
+        wanted = updated(text, CHINESE if name == "README.zh-CN.md" else {})
+        if text != wanted:
             stale.append(name)
             if not check:
-                path.write_text(updated(text))
+                path.write_text(wanted)
     if stale and check:
         print(f"out of date: {', '.join(stale)}; python -m tools.readme rewrites the tables")
         return 1

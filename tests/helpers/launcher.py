@@ -20,7 +20,7 @@ def quiet(**variables) -> dict[str, str]:
 
 
 def call(*words, **variables) -> CompletedProcess:
-    """Call the launcher in this process, where it must not start anything.
+    """Call the launcher in this process; a test of it uses ``nothing_starts``.
 
     Args:
         words: The arguments of launcher.sh.

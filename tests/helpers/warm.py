@@ -1,12 +1,12 @@
 """Scripts in processes that have imported torch already.
 
 Most of a start is importing torch. Where a test is about training, and not about how a process
-starts, its workers are forked from one server that has imported everything: the script, its
-arguments, its environment and the engine are the real ones. tests/launch and those tests that call
-``run`` start scripts as users do.
+starts, its workers are forked from one server that has imported everything. The script, its
+arguments and the engine are the real ones. What is not: variables that Python or torch read when
+they start (OMP_*, PYTHON*), sys.path, the interpreter's shutdown, the launcher and the supervisor.
+tests/launch, and those tests that call ``run`` or ``launch``, start scripts as users do.
 """
 
-import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -45,8 +45,8 @@ def run_warm(words, workers=1, *, env=None, cwd=ROOT, timeout=100) -> subprocess
         timeout: Seconds after which all is killed and the test fails.
     """
     words = [str(word) for word in words]
-    before = marked_processes()
     server = _server()
+    before = marked_processes()
     out, err = _Stream(server), _Stream(server)
     started = [
         server.Process(
@@ -55,13 +55,14 @@ def run_warm(words, workers=1, *, env=None, cwd=ROOT, timeout=100) -> subprocess
         )
         for place in _places(workers)
     ]
-    for process in started:
-        process.start()
-    out.end.close()
-    err.end.close()
-    code = _wait(started, time.monotonic() + timeout)
-    if code is None:
+    try:
+        for process in started:
+            process.start()
+        code = _wait(started, time.monotonic() + timeout)
+    finally:
         kill(marked_processes() - before)
+        out.end.close()
+        err.end.close()
     texts = out.text(), err.text()
     if code is None:
         pytest.fail(f"hangs for {timeout} s: {words}\n{texts[0][-2000:]}\n{texts[1][-2000:]}")
@@ -86,15 +87,21 @@ class _Stream:
             self._parts.append(part)
 
     def text(self) -> str:
-        """What has come, once every process that could write has ended."""
-        self._thread.join(30)
+        """Return what has come, once every process that could write has ended."""
+        self._thread.join(5)
         assert not self._thread.is_alive(), "a process that nobody waits for still writes"
         self._reading.close()
         return b"".join(self._parts).decode(errors="replace")
 
 
+def server_processes() -> set[int]:
+    """Return the ids of the server's own processes, none where it has not been started."""
+    ids = forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid
+    return {process for process in ids if process}
+
+
 def stop_server() -> None:
-    """End the server, if it has been started."""
+    """End the server, if it has been started. It waits for every process that has come of it."""
     forkserver._forkserver._stop()
     resource_tracker._resource_tracker._stop()
 
@@ -103,7 +110,8 @@ def _server():
     """The context whose processes are forked from the server, which starts at the first call."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOAD)
-    with mock.patch.dict(os.environ, environment(), clear=True):
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    with mock.patch.dict(os.environ, environment(PYTHONPATH=paths), clear=True):
         forkserver.ensure_running()
     return context
 
@@ -114,7 +122,7 @@ def _places(workers):
         return [{}]
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
+        port = listener.getsockname()[1]  # Another process could take it before rank 0 does.
     return [
         {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers),
@@ -126,6 +134,8 @@ def _places(workers):
 
 def _become(words, env, cwd, out, err) -> None:
     """Be the script, in a session of its own; its standard streams go to the pipes."""
+    assert {"cifar", "torch._dynamo"} <= set(sys.modules), "nothing has been imported before"
+    assert len(os.listdir("/proc/self/task")) == 1, "forked from a process with threads"
     os.setsid()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     multiprocessing.set_start_method(None, force=True)  # The script's own processes are no matter.
@@ -152,11 +162,11 @@ def _wait(started, deadline) -> int | None:
             for process in started:
                 process.terminate()
                 process.join(5)
-                with contextlib.suppress(ProcessLookupError):
-                    process.kill()
+                process.kill()
                 process.join()
             return failed[0]
         if None not in codes:
             return 0
-        multiprocessing.connection.wait([p.sentinel for p in started], timeout=0.5)
+        alive = [process.sentinel for process in started if process.exitcode is None]
+        multiprocessing.connection.wait(alive, timeout=0.5)
     return None

@@ -22,8 +22,7 @@ STEPS = 2 * 7  # 197 images in batches of 32, two epochs
 FAST = [
     ("alexnet", "dist", 2, 5),
     ("wrn with dropout", "serial", 1, 10),
-    ("alexnet", "horovod", 2, 9),
-    pytest.param("resnet", "horovod", 3, 9, marks=pytest.mark.slow),
+    ("resnet", "horovod", 3, 9),
     ("resnet", "serial", 1, 1),  # before the first save
 ]
 

@@ -44,6 +44,14 @@ def tool():
     return start
 
 
+@pytest.mark.parametrize("name", ["export.py", "inspect.py", "predict.py"])
+def test_a_tool_starts_by_its_path(run, tmp_path, name):
+    """In a folder of its own: tools/inspect.py must not hide the module of Python."""
+    result = run([sys.executable, ROOT / "tools" / name, "-h"], cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"usage: {name}")
+
+
 def test_inspect_says_what_a_file_holds(tool, trained, tmp_path):
     """One of ours, and one of an old script: DataParallel's names, 164 layers, no arch."""
     model = create_model("resnet", depth=164, block_name="bottleneck", num_classes=100)

@@ -32,13 +32,6 @@ FILES = ["args.json", "checkpoint.pth.tar", "log.png", "log.txt", "metrics.jsonl
 HIDDEN = ("random", "types", "socket", "re", "string", "queue", "select", "struct", "token", "copy")
 
 
-MINE = """
-import os
-os.write(2, b"the user's {}.py was imported\\n")
-os._exit(9)
-"""
-
-
 def hide(folder):
     """Files in a folder that end whatever imports them in place of the standard library's."""
     for name in HIDDEN:

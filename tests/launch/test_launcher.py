@@ -18,7 +18,9 @@ from helpers.process import environment, run
 from utils.config.args import DATASETS, parse_args
 from utils.config.recipes import load_recipes
 from utils.files import ROOT
-from utils.launch.commands import shell_line
+from utils.launch import cli
+from utils.launch.commands import LOOPBACK, shell_line
+from utils.launch.environment import core_count
 
 LAUNCHER = ROOT / "launcher.sh"
 OURS = (
@@ -66,7 +68,7 @@ def machine(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def ask(machine):
+def ask(machine, nothing_starts):
     """Call the launcher in this process: for what it refuses, prints and would start."""
 
     def ask(*words, gpus=0, **variables):
@@ -138,6 +140,8 @@ def dry_run(ask, *words, **options):
         ("-m alexnet --epochs 2", 0, ["'--epochs'", "after --"]),
         ("-m alexnet cifar10", 0, ["'cifar10'", "after --"]),
         ("-m alexnet -- $'a\\nb'", 0, [r"-- $'a\nb'", "control character"]),
+        ("-m alexnet -- a\u009bb", 0, [r"-- $'a\u009bb'", "control character"]),
+        ("-m alexnet -- a\u2028b", 0, [r"-- $'a\u2028b'", "control character"]),
     ],
 )
 def test_bad_input_is_one_line(ask, arguments, gpus, words):
@@ -226,6 +230,8 @@ class TestPrintedCommand:
             ("-g 3,1 -n 1", 4, {}, 1, "3,1"),
             ("-g 3,1", 4, {"CUDA_VISIBLE_DEVICES": "0"}, 2, "3,1"),
             ("", 4, {"CUDA_VISIBLE_DEVICES": "2,3"}, 2, "2,3"),
+            ("", 4, {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5"}, 4, "0,1,2,3,4,5"),
+            ("", 0, {"CUDA_VISIBLE_DEVICES": "0,1"}, 1, "0,1"),
             ("-n 8", 4, {"CUDA_VISIBLE_DEVICES": ""}, 8, ""),
             ("-n 8", 4, {"CUDA_VISIBLE_DEVICES": "-1"}, 8, "-1"),
         ],
@@ -239,6 +245,51 @@ class TestPrintedCommand:
         cores = len(os.sched_getaffinity(0))
         assert env["OMP_NUM_THREADS"] == str(max(1, cores // workers))
 
+    def test_threads_are_shared_out_among_the_cores_of_this_process(self, ask, monkeypatch):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(7)), raising=False)
+        assert dry_run(ask, "-m", "alexnet", "-n", "3")[0]["OMP_NUM_THREADS"] == "2"
+
+    @pytest.mark.parametrize(
+        ("variables", "shown"),
+        [
+            ({"OMP_NUM_THREADS": "3"}, {"OMP_NUM_THREADS": "3"}),
+            ({"OMP_NUM_THREADS": ""}, {"OMP_NUM_THREADS": str(core_count())}),
+            ({"GLOO_SOCKET_IFNAME": "eth7"}, {"GLOO_SOCKET_IFNAME": "eth7"}),
+            ({"GLOO_SOCKET_IFNAME": ""}, {"GLOO_SOCKET_IFNAME": "lo"}),
+            ({"PYTHONPATH": "/a:/b"}, {"PYTHONPATH": f"{LOOPBACK}:/a:/b"}),
+            # An empty part would be the folder where the user stands.
+            ({"PYTHONPATH": ""}, {"PYTHONPATH": str(LOOPBACK)}),
+        ],
+    )
+    def test_what_the_user_has_set_stands(self, ask, variables, shown):
+        env = dry_run(ask, "-m", "alexnet", **variables)[0]
+        assert {name: env[name] for name in shown} == shown
+
+    def test_a_driver_that_cannot_be_asked_shows_no_gpu(self, ask, machine):
+        def broken(gpus):
+            path = machine(gpus)
+            write_program(machine.programs / "nvidia-smi", "#!/no/such/program\n")
+            return path
+
+        result = ask("-m", "alexnet", "-g", "0", PATH=broken(1))
+        assert result.stderr.startswith("error: -g 0: this machine has no GPU")
+
+    @pytest.mark.parametrize(
+        ("words", "module"),
+        [
+            (["--verify"], "tools.verify"),
+            (["--bench", "loader", "--", "--scale", "2"], "bench loader --scale 2"),
+            (
+                ["--compare", "-m", "ResNet-20", "--", "--lr", "1"],
+                "tools.compare -m resnet20 -n 1 -d cifar10 -- --lr 1",
+            ),
+        ],
+    )
+    def test_of_another_command_of_the_project(self, ask, words, module):
+        result = ask("--dry-run", *words)
+        shown = shlex.split(f"PYTHONPATH={ROOT} {sys.executable} {SAFE} -m {module}")
+        assert (result.returncode, shlex.split(result.stdout)) == (0, shown)
+
     def test_the_port_is_a_free_one_at_the_start(self, ask):
         assert "--rdzv-endpoint=127.0.0.1:0" in dry_run(ask, "-m", "alexnet")[1]
 
@@ -251,11 +302,20 @@ class TestPrintedCommand:
         assert "torch.distributed.run" in start
 
     def test_a_shell_reads_the_words_as_they_are(self, tmp_path):
-        words = [*HOSTILE, "a\nb", "tab\there", "\x1b[2J", "it's\\\n", os.fsdecode(b"\xff")]
+        words = [
+            *HOSTILE,
+            "a\nb",
+            "tab\there",
+            "\x1b[2J",
+            "\u009b",
+            "it's\\\n",
+            os.fsdecode(b"\xff"),
+        ]
         line = shell_line(words)
         assert not re.search("[\x00-\x1f]", line)
         shell = ["bash", "-c", f"printf '%s\\0' {line}"]
-        shown = subprocess.run(shell, cwd=tmp_path, capture_output=True, check=True).stdout
+        env = {**os.environ, "LC_ALL": "C.UTF-8"}
+        shown = subprocess.run(shell, cwd=tmp_path, env=env, capture_output=True).stdout
         assert [os.fsdecode(word) for word in shown.split(b"\0")[:-1]] == words
 
 
@@ -281,6 +341,71 @@ def test_before_anything_is_installed_the_command_is_shown_and_nothing_made(
     assert start[0] == str(project / ".venv" / "bin" / "python")
     assert sorted(project.iterdir()) == before
     assert list(machine.folder.iterdir()) == []
+
+
+class TestSetUp:
+    """What is missing is installed when it is needed, and not before."""
+
+    def test_a_failed_installation_ends_the_start(self, launch, machine, project):
+        for name in ("python", "python3"):  # without site-packages
+            program = f'#!/bin/sh\nexec {sys.executable} -S "$@"\n'
+            write_program(machine.programs / name, program)
+        shutil.copy(ROOT / "constraints.txt", project)
+        call = ["-m", "alexnet", "-d", "synthetic10"]
+        result = launch(*call, launcher=project / "launcher.sh", PIP_NO_INDEX="1")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "call ./setup.sh again" in result.stderr.splitlines()[-1]
+
+    def test_the_interpreter_that_has_it_takes_over(self, ask, monkeypatch):
+        """With the same words; the variable that has said what is missing is gone."""
+        calls = []
+        done = subprocess.CompletedProcess([], 0, b"/the new/python\n")
+        monkeypatch.setattr(cli, "_setup", lambda *words, **_: calls.append(words) or done)
+        monkeypatch.setattr(os, "execv", lambda *words: calls.append(words) or sys.exit(7))
+        words = ["-m", "alexnet", "--", "a b"]
+        with pytest.raises(SystemExit, match="7"):
+            ask(*words, CIFAR_PYTHON=sys.executable)
+        assert calls == [
+            ("--which",),
+            ("/the new/python", ["/the new/python", str(ROOT / "utils/launch/cli.py"), *words]),
+        ]
+
+    @pytest.mark.parametrize(("code", "ends"), [(0, "supervised"), (2, "2")])
+    def test_horovod_is_built_if_wanted(self, ask, monkeypatch, code, ends):
+        calls = []
+        done = subprocess.CompletedProcess([], code)
+        monkeypatch.setattr(cli, "has_horovod", lambda: False)
+        monkeypatch.setattr(cli, "_setup", lambda *words, **_: calls.append(words) or done)
+        monkeypatch.setattr(cli, "supervise", lambda *_: sys.exit("supervised"))
+        call = ["-m", "alexnet", "-f", "horovod"]
+        refused = ask(*call)
+        assert (refused.returncode, refused.stdout, calls) == (2, "", [])
+        assert "Horovod is not installed; ./setup.sh --horovod builds it" in refused.stderr
+        with pytest.raises(SystemExit, match=ends):
+            ask(*call, "--yes")
+        assert calls == [("--horovod",)]
+
+    def test_a_python_that_is_too_old_says_so(self, launch, machine, project):
+        old = "#!/bin/bash\n[[ $1 != *cli.py ]] || echo 'error: old' >&2\nexit 2\n"
+        for name in ("python", "python3"):
+            write_program(machine.programs / name, old)
+        result = launch("--list", launcher=project / "launcher.sh")
+        assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: old\n")
+
+
+class TestOutput:
+    def test_a_reader_may_take_the_first_line(self, launch):
+        words = ["-c", 'set -o pipefail; "$@" | head -n 1', "-", LAUNCHER, "--list"]
+        result = launch(*words, launcher="bash")
+        assert (result.stdout.split()[0], result.stderr) == ("recipe", "")
+
+    def test_what_cannot_be_printed_is_one_line(self, launch):
+        words = ["-c", '"$@" >/dev/full', "-", LAUNCHER, "-m", "alexnet", "--dry-run"]
+        result = launch(*words, launcher="bash")
+        assert result.returncode == 2
+        assert result.stderr == (
+            "error: standard output: No space left on device; send it elsewhere\n"
+        )
 
 
 class TestCopies:

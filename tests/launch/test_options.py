@@ -10,7 +10,7 @@ from utils.errors import one_line
 
 
 @pytest.fixture(autouse=True)
-def _here(tmp_path, monkeypatch):
+def _here(tmp_path, monkeypatch, nothing_starts):
     """No option may make a file where the user stands."""
     monkeypatch.chdir(tmp_path)
     yield

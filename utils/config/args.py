@@ -14,7 +14,7 @@ from utils.config.arg_types import ArgumentParser, matching, one_of, path, real_
 from utils.config.schema import Config
 from utils.config.validation import check
 from utils.errors import UserError
-from utils.version import VERSION
+from utils.version import TITLE
 
 DATASETS = ("cifar10", "cifar100", "folder", "synthetic10", "synthetic100")
 
@@ -44,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--version", action="version", version=f"CIFAR all-reduce {VERSION}",
+        "--version", action="version", version=TITLE,
         help="print the version of this project and exit",
     )  # fmt: skip
     _add_model_flags(parser.add_argument_group("model (unset flags leave the model's own value)"))

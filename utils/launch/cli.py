@@ -1,23 +1,33 @@
 """The launcher: from a recipe, workers, GPUs and a data set to one command, printed and started.
 
-launcher.sh starts this file by its path, with any Python 3.10 or later. Where that one lacks what
-training needs, the environment variable CIFAR_PYTHON names the interpreter that will have it; it is
-installed once the command line has been checked.
+launcher.sh starts this file by its path, with any Python. Where that one lacks what training needs,
+the environment variable CIFAR_PYTHON names the interpreter that will have it; it is installed once
+the command line has been checked.
 """
 
 import os
+import sys
+
+if __name__ == "__main__":  # Started by its path, it must find the project's folder itself.
+    if sys.version_info < (3, 10):  # noqa: UP036
+        version = sys.version.split()[0]
+        sys.stderr.write(
+            f"error: {sys.executable} is Python {version}; put 3.10 or later on PATH\n"
+        )
+        sys.exit(2)
+    # An empty part of PYTHONPATH is the folder where the user stands. There may lie a random.py,
+    # which Python would take for its own.
+    sys.path[:] = [path for path in sys.path if path and path != os.getcwd()]
+    sys.path.insert(0, os.path.abspath(os.path.join(os.path.realpath(__file__), *[".."] * 3)))
+
 import signal
 import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-if __name__ == "__main__":  # Started by its path, it must find the project's folder itself.
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from utils.config.recipes import listing
-from utils.errors import UserError, command
+from utils.errors import UserError, command, reason_of
 from utils.files import ROOT
 from utils.launch.commands import (
     dist_command,
@@ -27,11 +37,11 @@ from utils.launch.commands import (
     safe_python,
     shell_line,
 )
-from utils.launch.environment import core_count, for_horovod, leftovers
+from utils.launch.environment import core_count, for_horovod, leftovers, without_leftovers
 from utils.launch.options import USAGE, Job, check_benchmark, check_job, read_options
 from utils.launch.supervisor import supervise
 from utils.log import open_streams
-from utils.version import VERSION
+from utils.version import TITLE
 
 PYTHON_VARIABLE = "CIFAR_PYTHON"
 
@@ -43,42 +53,53 @@ def main(words: Sequence[str]) -> int:
     Args:
         words: The arguments of launcher.sh.
     """
-    python = os.environ.pop(PYTHON_VARIABLE, sys.executable)
+    missing = os.environ.pop(PYTHON_VARIABLE, "")
     options = read_options(words)
     if options.show:
-        texts = {"help": USAGE, "version": f"CIFAR all-reduce {VERSION}\n"}
-        print(texts.get(options.show) or listing(), end="")
+        texts = {"help": USAGE, "version": f"{TITLE}\n"}
+        _print(texts.get(options.show) or listing())
         return 0
-    if options.tool == "tools.verify":
-        _run_tool(options.tool, options.flags, python, words)
+    arguments: Sequence[str] = options.flags
     if options.tool == "bench":
         check_benchmark(options.benchmark)
-        _run_tool(options.tool, [options.benchmark, *options.flags], python, words)
-    job = check_job(options, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    if options.tool == "tools.compare":
+        arguments = [options.benchmark, *options.flags]
+    elif options.tool != "tools.verify":
+        job = check_job(options, os.environ.get("CUDA_VISIBLE_DEVICES"))
         chosen = ["-m", job.recipe.name, "-n", str(job.workers), "-d", job.dataset]
-        _run_tool(options.tool, [*chosen, "--", *job.flags], python, words)
-    if not options.dry_run:
-        _ensure_environment(python, words)
-        if job.engine == "horovod" and (code := _ensure_horovod(options.yes)):
-            return code
+        arguments = [*chosen, "--", *job.flags]
+    if missing and not options.dry_run:
+        _install(words)
+    python = missing or sys.executable
+    if options.tool:
+        return _run_tool(options.tool, arguments, python, options.dry_run)
+    if job.engine == "horovod" and not options.dry_run and not has_horovod():
+        _build_horovod(options.yes)
+    return _start(job, python, options.dry_run)
+
+
+def _start(job: Job, python: str, dry_run: bool) -> int:
+    """Print the command that starts the workers, supervise it, and return the exit code.
+
+    Args:
+        job: What to start.
+        python: The interpreter.
+        dry_run: Whether to print only.
+    """
     here = os.path.samefile(os.curdir, ROOT)  # Paths can be short then.
-    started = _command(job, python.removeprefix(f"{ROOT}/") if here else python, here)
+    command_line = _command(job, python.removeprefix(f"{ROOT}/") if here else python, here)
     added = _added_environment(job)
     dropped = leftovers(os.environ)
-    shown = [*(f"{name}={value}" for name, value in added.items()), *started]
+    shown = [*(f"{name}={value}" for name, value in added.items()), *command_line]
     if dropped:
         shown = ["env", *(f"--unset={name}" for name in dropped), *shown]
-    # As bytes: a path is not always text in the encoding of the terminal.
-    sys.stdout.buffer.write(os.fsencode(shell_line(shown) + "\n"))
-    sys.stdout.flush()
-    if options.dry_run:
+    _print(shell_line(shown) + "\n")
+    if dry_run:
         return 0
-    environment = {name: os.environ[name] for name in os.environ if name not in dropped} | added
+    environment = without_leftovers(os.environ) | added
     if job.engine == "horovod":
         environment = for_horovod(environment)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # The supervisor outlives its reader.
-    return supervise(started, environment, job.engine == "horovod", job.restarts)
+    return supervise(command_line, environment, job.engine == "horovod", job.restarts)
 
 
 def _command(job: Job, python: str, here: bool) -> list[str]:
@@ -110,18 +131,39 @@ def _added_environment(job: Job) -> dict[str, str]:
     return added | (dist_environment(os.environ) if job.engine == "dist" else {})
 
 
-def _run_tool(tool: str, flags: Sequence[str], python: str, words: Sequence[str]) -> NoReturn:
-    """Become another command of the project, in the folder where the user stands."""
-    _ensure_environment(python, words)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    os.execv(sys.executable, [*safe_python(sys.executable), "-m", tool, *flags])
+def _run_tool(tool: str, arguments: Sequence[str], python: str, dry_run: bool) -> int:
+    """Become another command of the project, in the folder where the user stands.
+
+    Args:
+        tool: The module.
+        arguments: Its arguments.
+        python: The interpreter.
+        dry_run: Whether to print the command only.
+    """
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    command_line = [*safe_python(python), "-m", tool, *arguments]
+    if dry_run:
+        _print(shell_line([f"PYTHONPATH={paths}", *command_line]) + "\n")
+        return 0
+    os.execve(python, command_line, {**os.environ, "PYTHONPATH": paths})
 
 
-def _ensure_environment(python: str, words: Sequence[str]) -> None:
-    """Let the interpreter that will train take over, and install its packages where they lack."""
-    if python == sys.executable:
-        return
+def _print(text: str) -> None:
+    """Print a text as bytes: a path is not always text in the encoding of the terminal.
+
+    Raises:
+        UserError: Standard output cannot be written to.
+    """
+    try:
+        sys.stdout.buffer.write(os.fsencode(text))
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # What is left would fail at the end again.
+        raise UserError(f"standard output: {reason_of(error)}; send it elsewhere") from None
+
+
+def _install(words: Sequence[str]) -> NoReturn:
+    """Install what training needs, and start again with the interpreter that has it."""
     done = _setup("--which", stdout=subprocess.PIPE)
     if done.returncode:
         raise SystemExit(done.returncode)
@@ -129,19 +171,19 @@ def _ensure_environment(python: str, words: Sequence[str]) -> None:
     os.execv(python, [python, __file__, *words])
 
 
-def _ensure_horovod(allowed: bool) -> int:
-    """Build Horovod where it is missing, and return the exit code of that.
+def _build_horovod(allowed: bool) -> None:
+    """Build Horovod.
 
     Raises:
-        UserError: It is missing, and may not be built unasked.
+        UserError: It may not be built unasked.
+        SystemExit: The build has failed, and has said why.
     """
-    if has_horovod():
-        return 0
     if not allowed:
         raise UserError(
             "-f horovod: Horovod is not installed; ./setup.sh --horovod builds it, or add --yes"
         )
-    return _setup("--horovod").returncode
+    if code := _setup("--horovod").returncode:
+        raise SystemExit(code)
 
 
 def _setup(*words: str, stdout: int | None = None) -> subprocess.CompletedProcess[bytes]:

@@ -1,6 +1,6 @@
 """The commands that start the workers of a job on both engines.
 
-Here alone stand the options of torch.distributed.launch and of horovodrun.
+The options of torch.distributed.launch and of horovodrun stand nowhere else in the program.
 """
 
 import importlib.util
@@ -14,6 +14,9 @@ from pathlib import Path
 
 from utils.files import ROOT
 
+# Characters that move the cursor, or end a line, where a text is shown.
+CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+
 # The network interfaces of this machine, where there is such a folder.
 INTERFACES = Path("/sys/class/net")
 
@@ -26,7 +29,7 @@ class Hosts:
     """Where the workers of a Horovod job run.
 
     Attributes:
-        hosts: ``host:slots,...``; empty where ``discovery`` is set.
+        hosts: ``host:slots,...``, which counts where ``discovery`` is empty.
         interfaces: The network interfaces that the hosts reach each other by, separated by commas;
             empty where Horovod is to look for them.
         min_np: The least number of workers that an elastic job continues with; 0 for a job that is
@@ -45,7 +48,7 @@ class Hosts:
 def safe_python(python: str) -> list[str]:
     """Return the start of a command that finds no module in the folder where the user stands.
 
-    Python 3.10 has no option for that.
+    Python 3.10 has no option for that. The interpreter is taken to be as new as the running one.
     """
     return [python, "-P"] if sys.version_info >= (3, 11) else [python]
 
@@ -74,10 +77,12 @@ def dist_command(python: str, workers: int, script: Sequence[str], port: int = 0
 
 def dist_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that ``dist_command`` needs beside those of an environment."""
-    paths = [str(LOOPBACK), *filter(None, [environment.get("PYTHONPATH")])]
-    added = {"PYTHONPATH": os.pathsep.join(paths)}
-    if interface := environment.get("GLOO_SOCKET_IFNAME") or loopback_interface():
-        added["GLOO_SOCKET_IFNAME"] = interface
+    paths = environment.get("PYTHONPATH") or str(LOOPBACK)
+    if paths.split(os.pathsep)[0] != str(LOOPBACK):  # as in an environment that this has made
+        paths = f"{LOOPBACK}{os.pathsep}{paths}"
+    added = {"PYTHONPATH": paths}
+    if loopback := loopback_interface():
+        added["GLOO_SOCKET_IFNAME"] = environment.get("GLOO_SOCKET_IFNAME") or loopback
     return added
 
 
@@ -133,8 +138,13 @@ def shell_line(words: Sequence[str]) -> str:
 
 
 def _quote(word: str) -> str:
-    if not re.search(r"[\x00-\x1f\x7f]", word):
+    if not CONTROL.search(word):
         return shlex.quote(word)
     # In plain quotes a control character would not be what it looks like.
     escaped = word.replace("\\", "\\\\").replace("'", "\\'")
-    return "$'" + re.sub(r"[\x00-\x1f\x7f]", lambda c: ascii(c[0])[1:-1], escaped) + "'"
+    return "$'" + CONTROL.sub(_escape, escaped) + "'"
+
+
+def _escape(character: re.Match[str]) -> str:
+    code = ord(character[0])
+    return ascii(character[0])[1:-1] if code < 0x80 else f"\\u{code:04x}"

@@ -28,6 +28,12 @@ def leftovers(environment: Mapping[str, str]) -> list[str]:
     return sorted(filter(_LEFTOVER.fullmatch, environment))
 
 
+def without_leftovers(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return an environment without the variables that a job must not inherit."""
+    dropped = leftovers(environment)
+    return {name: value for name, value in environment.items() if name not in dropped}
+
+
 def for_horovod(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the part of an environment that horovodrun may see."""
     return {name: value for name, value in environment.items() if _FOR_HOROVOD.fullmatch(name)}
@@ -37,7 +43,11 @@ def gpu_count() -> int:
     """Return the number of GPUs that the NVIDIA driver shows, CUDA_VISIBLE_DEVICES or not."""
     if not shutil.which("nvidia-smi"):
         return len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    shown = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, check=False).stdout
+    command = ["nvidia-smi", "--list-gpus"]
+    try:
+        shown = subprocess.run(command, capture_output=True, check=False).stdout
+    except OSError:  # It is there and cannot be executed.
+        return 0
     return sum(line.startswith(b"GPU") for line in shown.splitlines())
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from utils.config.args import DATASETS
 from utils.config.recipes import Recipe, find_recipe
 from utils.errors import UserError
-from utils.launch.commands import INTERFACES, Hosts, loopback_interface, shell_line
+from utils.launch.commands import CONTROL, INTERFACES, Hosts, loopback_interface, shell_line
 from utils.launch.environment import core_count, gpu_count
 
 USAGE = """\
@@ -313,7 +313,7 @@ def _check_elastic(options: Options, workers: int) -> Hosts:
 def _check_flags(flags: Sequence[str]) -> None:
     """Raise a UserError if a control character would make the printed command look like another."""
     for flag in flags:
-        if re.search(r"[\x00-\x1f\x7f]", flag):
+        if CONTROL.search(flag):
             raise UserError(f"-- {shell_line([flag])}: holds a control character; leave it out")
 
 
@@ -354,7 +354,7 @@ def _check_hosts(place: Hosts, interfaces: str, workers: int) -> Hosts:
     if not re.fullmatch(f"{_HOST}(,{_HOST})*", hosts):
         raise UserError(f"--hosts '{hosts}': give host:slots,host:slots,...")
     entries = [entry.split(":") for entry in hosts.split(",")]
-    here = ("localhost", socket.gethostname())
+    here = ("localhost", socket.gethostname(), os.environ.get("HOSTNAME"))
     for name, _ in entries:
         if name not in here and not name.startswith("127.") and not shutil.which("ssh"):
             raise UserError(
