@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -16,13 +15,7 @@ from helpers.process import environment, run, wait_until, workers_below
 from helpers.runs import COMMON, MODELS, same
 from helpers.warm import run_warm
 from utils.checkpoint import format as checkpoint
-from utils.checkpoint.manager import CheckpointManager, save
-from utils.checkpoint.train_state import TrainState
-from utils.distributed.comm import Comm
-from utils.errors import NotFinite, UserError
-from utils.files import ROOT, FolderInUse, lock_folder, unlock_folder
-from utils.metrics.meter import Meter
-from utils.training.optim import build_optimizer
+from utils.files import ROOT
 
 CPU = torch.device("cpu")
 
@@ -186,65 +179,6 @@ class TestDisk:
         assert result.returncode == 2
         assert "--overwrite starts anew" in result.stderr
 
-    def test_every_flipped_bit_is_found(self, tmp_path):
-        """Or changes nothing that was saved: some bytes of a zip archive mean nothing."""
-        state = {"format": 2, "state_dict": {"w": torch.randn(20_000)}, "options": {"lr": 0.1}}
-        save(tmp_path, state, is_best=False)
-        path = tmp_path / checkpoint.LATEST
-        content = path.read_bytes()
-        draw = random.Random(0)
-        found = 0
-        for _ in range(200):
-            bit = draw.randrange(8 * len(content))
-            changed = bytearray(content)
-            changed[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(changed)
-            try:
-                loaded = checkpoint.load(path)
-            except UserError:
-                found += 1
-            else:
-                assert torch.equal(loaded["state_dict"]["w"], state["state_dict"]["w"])
-        assert found > 180
-
-    @pytest.mark.parametrize("call", ["fsync", "link", "replace"])
-    def test_killed_at_any_moment_of_a_save_a_good_file_is_left(self, tmp_path, call):
-        """Before the nth call that touches the disk, for every n; the best is as new or newer."""
-        for number in range(4):
-            folder = tmp_path / f"{call}{number}"
-            folder.mkdir()
-            for epoch in (1, 2):
-                save(folder, state_of(epoch), is_best=True)
-            process = os.fork()
-            if process == 0:
-                kill_at_call(call, number)
-                save(folder, state_of(3), is_best=True)
-                os._exit(0)
-            ended = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
-            assert ended in (0, -signal.SIGKILL)
-            _, _, newest = checkpoint.load_newest(folder, trust=False)
-            best = checkpoint.load(folder / checkpoint.BEST)
-            assert newest["epoch"] in (2, 3)
-            assert best["epoch"] >= newest["epoch"]
-            assert checkpoint.load(folder / checkpoint.PREVIOUS)["epoch"] < 3
-        assert ended == 0, "the last number was meant to be beyond the last call"
-
-
-def state_of(epoch):
-    return {"format": 2, "epoch": epoch, "state_dict": {"w": torch.full((1000,), float(epoch))}}
-
-
-def kill_at_call(name, number):
-    real, done = getattr(os, name), [0]
-
-    def call(*arguments, **named):
-        if done[0] == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-        done[0] += 1
-        return real(*arguments, **named)
-
-    setattr(os, name, call)
-
 
 class TestFolder:
     """One run in one folder."""
@@ -273,23 +207,6 @@ class TestFolder:
             first.kill()
             first.communicate()
         assert checkpoint.load(folder / checkpoint.LATEST)["state_dict"]
-
-    def test_a_lock_is_let_go_with_its_process(self, tmp_path):
-        reading, writing = os.pipe()
-        process = os.fork()
-        if process == 0:
-            held = lock_folder(tmp_path)
-            os.write(writing, held.name.encode())
-            time.sleep(60)
-            os._exit(0)
-        os.read(reading, 1)
-        with pytest.raises(FolderInUse, match=f"process {process} on "):
-            held = lock_folder(tmp_path)
-        os.kill(process, signal.SIGKILL)
-        os.waitpid(process, 0)
-        file = lock_folder(tmp_path)
-        unlock_folder(file)
-        assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -375,23 +292,6 @@ class TestRestarts:
         result = train(folder, "resnet", "dist", 2, "--resume", "auto", fault="other-files")
         assert result.returncode == 0, result.stderr
         same(untouched(train, "resnet", "dist", 2), folder)
-
-
-def test_a_meter_continues_from_the_sums_of_other_workers():
-    comm, meter = Comm(), Meter(CPU)
-    meter.start_from([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]], comm)
-    assert meter.all_gather(comm) == [[11.0, 22.0, 33.0, 44.0]]
-
-
-def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
-    model = torch.nn.Linear(2, 2)
-    optimizer = build_optimizer(model, 0.1, 0.9, 0.0, False)
-    checkpoints = CheckpointManager(tmp_path, Comm(), model, optimizer, {})
-    checkpoints.save(TrainState(), is_best=True)
-    model.weight.data[0, 0] = float("inf")
-    with pytest.raises(NotFinite):
-        checkpoints.save(TrainState(epoch=1), is_best=True)
-    assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 0
 
 
 def test_the_launcher_starts_a_failed_job_again(train, untouched, tmp_path):

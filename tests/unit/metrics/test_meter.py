@@ -13,3 +13,12 @@ def test_a_meter_counts_images_not_batches():
     wrong = -torch.eye(10)[9:] * 5
     meter.update(torch.tensor(7.0), wrong, torch.tensor([9]))
     assert meter.reduced(Comm()) == Metrics(loss=3.0, top1=80.0, top5=80.0, images=5)
+
+
+CPU = torch.device("cpu")
+
+
+def test_a_meter_continues_from_the_sums_of_other_workers():
+    comm, meter = Comm(), Meter(CPU)
+    meter.start_from([[1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]], comm)
+    assert meter.all_gather(comm) == [[11.0, 22.0, 33.0, 44.0]]

@@ -1,0 +1,17 @@
+"""How far a run has come."""
+
+import pytest
+
+from utils.checkpoint.resume import LoadedCheckpoint
+from utils.checkpoint.train_state import TrainState
+from utils.config.args import parse_args
+from utils.errors import UserError
+
+
+def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(tmp_path):
+    state = {"epoch": 0, "step": 3, "shape": {"global batch": 32, "seed": 0}}
+    train = parse_args(["--epochs", "2"]).train
+    loaded = LoadedCheckpoint(tmp_path / "file", state)
+    assert TrainState.start(train, loaded, {"global batch": 32, "seed": 0}).step == 3
+    with pytest.raises(UserError, match="global batch 32, not 16"):
+        TrainState.start(train, loaded, {"global batch": 16, "seed": 0})
