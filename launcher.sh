@@ -17,8 +17,8 @@ find_root() {
     local folder job=''
     folder=$(cd "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")" && pwd)
     if ! is_project "$folder" && [[ ${SLURM_JOB_ID-} ]] && command -v scontrol >/dev/null; then
-        job=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null |
-            sed -n 's|^ *Command=\(/.*\)/launcher\.sh\( .*\)*$|\1|p' | head -n 1) || job=''
+        job=$(scontrol show job "$SLURM_JOB_ID" 2>/dev/null | grep '^ *Command=/') || job=''
+        job=${job#*Command=} job=${job%%/launcher.sh*}
     fi
     for folder in "$folder" "$job" "${SLURM_SUBMIT_DIR-}" "${PBS_O_WORKDIR-}"; do
         if [[ $folder ]] && is_project "$folder"; then
@@ -29,7 +29,7 @@ find_root() {
     return 1
 }
 
-[[ -d $PWD ]] || fail 'the folder where you stand has been removed; go to another'
+[[ . -ef $PWD ]] || fail 'the folder where you stand has been removed; go to another'
 root=$(find_root) ||
     fail "$0 is a copy outside its project; call the launcher.sh there, or submit from its folder"
 
@@ -42,6 +42,8 @@ case $status in
     1)
         export CIFAR_PYTHON=$python
         python=$(command -v python3 || command -v python) || fail 'no Python found; install python3'
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 ||
+            fail "$python does not run as Python 3.10 or later; put one first on PATH"
         ;;
     *) exit "$status" ;;
 esac

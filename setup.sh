@@ -42,7 +42,15 @@ files=("$root/requirements.txt")
 
 # Prints what an interpreter lacks. Nothing is imported, so this takes a moment only.
 lacks() {
-    "$1" - "${files[@]}" <<'END' 2>/dev/null || echo 'a working Python'
+    local answer
+    answer=$(ask_for_packages "$1" 2>/dev/null) || answer=''
+    [[ $answer == lacks* ]] || answer='lacks a working Python'
+    answer=${answer#lacks}
+    printf '%s\n' "${answer# }"
+}
+
+ask_for_packages() {
+    "$1" - "${files[@]}" <<'END'
 import sys
 
 sys.path = [path for path in sys.path if path]  # not the folder where the user stands
@@ -79,7 +87,7 @@ for path in sys.argv[1:]:
         match = re.match(r"([\w-]+)(?:>=([\d.]+))?", line)
         if match and lacking(line, *match.groups()):
             found.append(match[0])
-print(", ".join(found))
+print("lacks", ", ".join(found))
 END
 }
 

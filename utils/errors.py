@@ -1,5 +1,6 @@
 """The exceptions that have a meaning for the user, and the exit codes that they stand for."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -11,6 +12,8 @@ P = ParamSpec("P")
 # checkpoint may get past; 2, bad input; 3, training failed; 75, stopped by a signal after a save,
 # to be run again; and 130, ended by Ctrl-C. The launcher has the same codes except 1.
 CRASHED, BAD_INPUT, FAILED, RUN_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
+# A worker that ends with one of these has said why, and starting it again would not help.
+EXPLAINED = BAD_INPUT, FAILED, RUN_AGAIN
 
 
 def one_line(text: str, most: int = 400) -> str:
@@ -60,7 +63,10 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
         try:
             return main(*args, **kwargs)
         except UserError as error:
-            print(f"error: {error}", file=sys.stderr)
+            try:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+            except OSError:  # What is left would fail at the end again, with another exit code.
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             return BAD_INPUT
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)

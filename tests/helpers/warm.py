@@ -59,14 +59,26 @@ def run_warm(words, workers=1, *, env=None, cwd=ROOT, timeout=100) -> subprocess
         for process in started:
             process.start()
         code = _wait(started, time.monotonic() + timeout)
+        left = _left(before) if code == 0 else set()
     finally:
-        kill(marked_processes() - before)
+        kill(marked_processes() - before - server_processes())
         out.end.close()
         err.end.close()
+    assert not left, f"a run that has ended well has left processes: {left}"
     texts = out.text(), err.text()
     if code is None:
         pytest.fail(f"hangs for {timeout} s: {words}\n{texts[0][-2000:]}\n{texts[1][-2000:]}")
     return subprocess.CompletedProcess(words, code, *texts)
+
+
+def _left(before: set[int]) -> set[int]:
+    """Return the processes that have come since and do not end within a second."""
+    deadline = time.monotonic() + 1
+    while left := marked_processes() - before - server_processes():
+        if time.monotonic() > deadline:
+            return left
+        time.sleep(0.05)
+    return set()
 
 
 class _Stream:
@@ -145,12 +157,16 @@ def _become(words, env, cwd, out, err) -> None:
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)
-    if words[0] == "-m":
-        sys.argv = words[1:]
-        runpy.run_module(words[1], run_name="__main__", alter_sys=True)
-    else:
-        sys.argv = words
-        runpy.run_path(words[0], run_name="__main__")
+    try:
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            runpy.run_path(words[0], run_name="__main__")
+    except KeyboardInterrupt:  # Python itself ends by the signal then.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _wait(started, deadline) -> int | None:

@@ -301,6 +301,14 @@ class TestPrintedCommand:
         start = dry_run(ask, "-m", "alexnet")[1]
         assert "torch.distributed.run" in start
 
+    @pytest.mark.parametrize("value", ["a b", "$HOME", "it's", "a\nb", "", "a=b", "é"])
+    def test_a_shell_takes_variables_for_variables(self, value):
+        program = [sys.executable, "-c", "import os; print(repr(os.environ['PYTHONPATH']))"]
+        line = shell_line([f"PYTHONPATH={value}", *program])
+        env = {**os.environ, "LC_ALL": "C.UTF-8"}
+        shown = subprocess.run(["bash", "-c", line], env=env, capture_output=True, text=True)
+        assert shown.stdout == f"{value!r}\n", shown.stderr
+
     def test_a_shell_reads_the_words_as_they_are(self, tmp_path):
         words = [
             *HOSTILE,
@@ -385,12 +393,25 @@ class TestSetUp:
             ask(*call, "--yes")
         assert calls == [("--horovod",)]
 
-    def test_a_python_that_is_too_old_says_so(self, launch, machine, project):
-        old = "#!/bin/bash\n[[ $1 != *cli.py ]] || echo 'error: old' >&2\nexit 2\n"
+    @pytest.mark.parametrize(
+        "program",
+        ["echo 'pyenv: python3: command not found' >&2; exit 127", "echo 3.9; exit 1"],
+        ids=["a shim of nothing", "too old"],
+    )
+    def test_a_python_that_does_not_do_is_one_line(self, launch, machine, project, program):
         for name in ("python", "python3"):
-            write_program(machine.programs / name, old)
-        result = launch("--list", launcher=project / "launcher.sh")
-        assert (result.returncode, result.stdout, result.stderr) == (2, "", "error: old\n")
+            write_program(machine.programs / name, f"#!/bin/sh\n{program}\n")
+        result = launch("-m", "alexnet", launcher=project / "launcher.sh")
+        assert (result.returncode, result.stdout) == (2, "")
+        (line,) = result.stderr.splitlines()
+        assert line.endswith("does not run as Python 3.10 or later; put one first on PATH")
+
+    def test_what_is_no_python_has_not_everything(self, launch, machine, project):
+        write_program(machine.programs / "python", "#!/bin/sh\nexit 0\n")
+        write_program(machine.programs / "python3", f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+        result = launch("-m", "alexnt", launcher=project / "launcher.sh")
+        assert (result.returncode, result.stdout) == (2, "")
+        assert "did you mean alexnet" in result.stderr
 
 
 class TestOutput:
@@ -398,6 +419,17 @@ class TestOutput:
         words = ["-c", 'set -o pipefail; "$@" | head -n 1', "-", LAUNCHER, "--list"]
         result = launch(*words, launcher="bash")
         assert (result.stdout.split()[0], result.stderr) == ("recipe", "")
+
+    def test_a_message_that_nobody_gets_has_its_exit_code(self, launch):
+        for end in ("2>/dev/full", "2>&-"):
+            words = ["-c", f'"$@" {end}', "-", LAUNCHER, "-m", "alexnt"]
+            assert launch(*words, launcher="bash").returncode == 2
+
+    @pytest.mark.parametrize("module", [os, pytest], ids=["standard library", "site-packages"])
+    def test_the_folder_may_be_one_of_pythons_own(self, ask, launch, monkeypatch, module):
+        monkeypatch.chdir(Path(module.__file__).parent)
+        result = launch("--dry-run", "-m", "alexnet")
+        assert parts(result)[1][1:] == parts(ask("--dry-run", "-m", "alexnet"))[1][1:]
 
     def test_what_cannot_be_printed_is_one_line(self, launch):
         words = ["-c", '"$@" >/dev/full', "-", LAUNCHER, "-m", "alexnet", "--dry-run"]
@@ -432,7 +464,8 @@ class TestCopies:
 
     def test_a_copy_asks_slurm_where_it_comes_from(self, launch, machine, copy, project):
         """Submitted from elsewhere, as ``sbatch /path/of/launcher.sh -m alexnet``."""
-        answer = f"JobId=218 JobName=x\n   Command={project}/launcher.sh -m alexnet\n   X=y"
+        words = "-m alexnet -- -c /y/launcher.sh"
+        answer = f"JobId=218 JobName=x\n   Command={project}/launcher.sh {words}\n   X=y"
         write_program(machine.programs / "scontrol", f"#!/bin/sh\ncat <<'E'\n{answer}\nE\n")
         words = ["--dry-run", "-m", "alexnet"]
         result = launch(*words, launcher=copy, SLURM_JOB_ID="218", SLURM_SUBMIT_DIR="/")

@@ -15,6 +15,7 @@ from tools.commands import engine_command
 from utils.files import ROOT
 from utils.launch.commands import has_horovod
 from utils.launch.output import Failure, OutputFilter, root_cause
+from utils.launch.processes import end_with_parent
 
 SUPERVISOR = ROOT / "utils" / "launch" / "supervisor.py"
 
@@ -138,6 +139,16 @@ Root Cause (first observed failure):
 )
 def test_the_worker_that_failed_first_is_found(failures, rank):
     assert root_cause([Failure(*failure) for failure in failures]).rank == rank
+
+
+def test_a_child_ends_whose_parent_has_ended_before_it_could_ask():
+    """The kernel tells it of later ends only."""
+    for parent, code in ((os.getpid(), 0), (os.getppid(), 1)):
+        child = os.fork()
+        if child == 0:
+            end_with_parent(signal.SIGKILL, parent)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == code
 
 
 class TestWithAnyLauncher:

@@ -1,23 +1,19 @@
 """The launcher: from a recipe, workers, GPUs and a data set to one command, printed and started.
 
-launcher.sh starts this file by its path, with any Python. Where that one lacks what training needs,
-the environment variable CIFAR_PYTHON names the interpreter that will have it; it is installed once
-the command line has been checked.
+launcher.sh starts this file by its path. Where its Python lacks what training needs, the variable
+CIFAR_PYTHON names the interpreter that will have it; it is installed once the command line has been
+checked.
 """
 
 import os
 import sys
 
 if __name__ == "__main__":  # Started by its path, it must find the project's folder itself.
-    if sys.version_info < (3, 10):  # noqa: UP036
-        version = sys.version.split()[0]
-        sys.stderr.write(
-            f"error: {sys.executable} is Python {version}; put 3.10 or later on PATH\n"
-        )
-        sys.exit(2)
     # An empty part of PYTHONPATH is the folder where the user stands. There may lie a random.py,
     # which Python would take for its own.
-    sys.path[:] = [path for path in sys.path if path and path != os.getcwd()]
+    for path in [path for path in sys.path if path == os.getcwd()]:
+        sys.path.remove(path)
+        sys.path.append(path)
     sys.path.insert(0, os.path.abspath(os.path.join(os.path.realpath(__file__), *[".."] * 3)))
 
 import signal
@@ -85,7 +81,8 @@ def _start(job: Job, python: str, dry_run: bool) -> int:
         python: The interpreter.
         dry_run: Whether to print only.
     """
-    here = os.path.samefile(os.curdir, ROOT)  # Paths can be short then.
+    _check_text(ROOT)
+    here = _is_here(ROOT)  # Paths can be short then.
     command_line = _command(job, python.removeprefix(f"{ROOT}/") if here else python, here)
     added = _added_environment(job)
     dropped = leftovers(os.environ)
@@ -100,6 +97,22 @@ def _start(job: Job, python: str, dry_run: bool) -> int:
         environment = for_horovod(environment)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)  # The supervisor outlives its reader.
     return supervise(command_line, environment, job.engine == "horovod", job.restarts)
+
+
+def _check_text(path: Path) -> None:
+    """Raise a UserError if a path cannot be handed to torch, which takes UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: is not UTF-8, which torch needs; move the project") from None
+
+
+def _is_here(folder: Path) -> bool:
+    """Return whether the user stands in a folder."""
+    try:
+        return os.path.samefile(os.curdir, folder)
+    except OSError:  # in a folder that this user may not search
+        return False
 
 
 def _command(job: Job, python: str, here: bool) -> list[str]:

@@ -134,10 +134,13 @@ def has_horovod() -> bool:
 
 def shell_line(words: Sequence[str]) -> str:
     """Return words as one line that a shell reads as they are."""
-    return " ".join(_quote(word) for word in words)
+    return " ".join(map(_quote, words))
 
 
 def _quote(word: str) -> str:
+    name, equals, value = word.partition("=")
+    if equals and value and re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
+        return f"{name}={_quote(value)}"  # A name in quotes would be a command, no variable.
     if not CONTROL.search(word):
         return shlex.quote(word)
     # In plain quotes a control character would not be what it looks like.

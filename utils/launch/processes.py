@@ -16,7 +16,7 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _ENDED = ("", "Z", "X")
 
 
-def end_with_parent(number: int = signal.SIGKILL) -> None:
+def end_with_parent(number: int = signal.SIGKILL, parent: int | None = None) -> None:
     """Let the kernel signal this process when its parent ends (Linux).
 
     The child calls it. The thread that started the child must be the main thread of its process,
@@ -24,9 +24,12 @@ def end_with_parent(number: int = signal.SIGKILL) -> None:
 
     Args:
         number: The signal to receive.
+        parent: The id of the parent, where it is known; if it has ended already, so does the child.
     """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, number)
+    if parent is not None and os.getppid() != parent:
+        os._exit(1)
 
 
 def inherit_orphans() -> None:

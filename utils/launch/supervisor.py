@@ -31,13 +31,14 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 if __name__ == "__main__":  # Started by its path, it must find the project's folder itself.
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN
+from utils.errors import BAD_INPUT, EXPLAINED, FAILED, RUN_AGAIN
 from utils.launch.heartbeat import (
     RESTARTS_VARIABLE,
     SERVER_VARIABLE,
@@ -166,7 +167,8 @@ class Attempt:
                 stderr=pipes[0][1],
                 env=_launcher_environment(environment, self._server.name, restarts, tagged),
                 start_new_session=True,
-                preexec_fn=_end_with_supervisor,
+                # In the launcher's process; SIGTERM lets it end its workers.
+                preexec_fn=partial(end_with_parent, signal.SIGTERM, os.getpid()),
             )
         finally:
             for _, write_end in pipes:
@@ -243,7 +245,7 @@ class Attempt:
         if now - first.ended_at > END_TIMEOUT:
             codes = {worker.exit_code for worker in self._server.workers}
             code = codes.pop()
-            if not codes and code in (0, BAD_INPUT, FAILED, RUN_AGAIN):
+            if not codes and code in (0, *EXPLAINED):
                 self._end(Outcome(code))
             else:
                 what = f"the launcher has not ended within {END_TIMEOUT} s of rank {first.rank}"
@@ -284,7 +286,7 @@ class Attempt:
         if failures:
             _, rank, code = root_cause(failures)
             who = f"rank {rank}"
-        if code in (BAD_INPUT, FAILED, RUN_AGAIN):
+        if code in EXPLAINED:
             return Outcome(code)  # The worker has said why.
         by_request = not self._notified_pids or -code in (signal.SIGTERM, signal.SIGUSR1)
         if self._stop_forwarded and by_request:
@@ -309,11 +311,6 @@ def _launcher_environment(
     if tagged and os.isatty(STDOUT):
         environment[TERMINAL_VARIABLE] = os.ttyname(STDOUT)
     return environment
-
-
-def _end_with_supervisor() -> None:
-    # This runs in the launcher's process. SIGTERM lets the launcher end its workers.
-    end_with_parent(signal.SIGTERM)
 
 
 def _describe_stall(stalled: list[Worker], living: list[Worker]) -> str:
