@@ -7,6 +7,7 @@ import pytest
 
 from helpers.process import environment
 from helpers.runs import same
+from helpers.warm import run_warm
 from tools import verify
 from tools.fault_injection import MISTAKES
 from utils.files import ROOT
@@ -16,6 +17,9 @@ def test_a_proof_of_resuming_resumes(monkeypatch, tmp_path, capsys):
     """It does not hold where the run was killed too early, or not at all."""
     for name, value in environment().items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(
+        verify.subprocess, "run", lambda words, env, cwd, **_: run_warm(words[1:], env=env, cwd=cwd)
+    )
     runner = verify.Runner(tmp_path, "none", False)
     one = verify.Group()
     untouched = runner.reference(verify.ALEXNET)
