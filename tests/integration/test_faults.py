@@ -259,7 +259,7 @@ class TestRestarts:
         assert result.returncode == 0, result.stderr
         assert shown in result.stderr
         assert result.stderr.count("restart") == 1
-        assert ("_stand_still" in result.stderr) == fault.startswith("sleep")  # its stack
+        assert (" in _sleep\n" in result.stderr) == fault.startswith("sleep")  # its stack
         same(untouched(train, "resnet", engine, 2), folder)
 
     @pytest.mark.slow
