@@ -29,7 +29,9 @@ find_root() {
     return 1
 }
 
-[[ . -ef $PWD ]] || fail 'the folder where you stand has been removed; go to another'
+# A folder that one may not search is another matter: there . cannot be looked at.
+[[ -d $PWD && (! -e . || . -ef $PWD) ]] ||
+    fail 'the folder where you stand has been removed; go to another'
 root=$(find_root) ||
     fail "$0 is a copy outside its project; call the launcher.sh there, or submit from its folder"
 

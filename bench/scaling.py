@@ -7,7 +7,6 @@ itself. The module is also its own worker.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -37,6 +36,7 @@ from utils.config.recipes import Recipe, find_recipe
 from utils.distributed.comm import Comm
 from utils.files import write_text
 from utils.launch.commands import has_horovod
+from utils.launch.environment import core_count
 from utils.runtime.exit_codes import exit_process
 
 BATCH = 128  # The global batch.
@@ -145,7 +145,7 @@ def run(settings: Settings) -> Result:
     """Measure every model with every group of workers."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     gpus = gpus if gpus > 1 else 0  # One GPU scales to nothing: the processor is measured.
-    most = min(gpus or len(os.sched_getaffinity(0)), MOST)
+    most = min(gpus or core_count(), MOST)
     models = [find_recipe(name).name for name in settings.models or MODELS]
     groups = choose_groups(most, has_horovod(), gpus)
     with tempfile.TemporaryDirectory() as folder:

@@ -12,7 +12,6 @@ import multiprocessing.connection
 import os
 import runpy
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,7 +21,7 @@ from unittest import mock
 
 import pytest
 
-from helpers.process import environment, kill, marked_processes
+from helpers.process import environment, free_port, kill, marked_processes
 from utils.files import ROOT
 
 _PRELOAD = [
@@ -132,9 +131,7 @@ def _places(workers):
     """The variables that tell each of several workers its rank, and where they meet."""
     if workers == 1:
         return [{}]
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]  # Another process could take it before rank 0 does.
+    port = free_port()  # Another process could take it before rank 0 does.
     return [
         {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(workers),
@@ -145,7 +142,7 @@ def _places(workers):
 
 
 def _become(words, env, cwd, out, err) -> None:
-    """Be the script, in a session of its own; its standard streams go to the pipes."""
+    """Be the script, after setsid; its standard streams go to the pipes."""
     assert {"cifar", "torch._dynamo"} <= set(sys.modules), "nothing has been imported before"
     assert len(os.listdir("/proc/self/task")) == 1, "forked from a process with threads"
     os.setsid()

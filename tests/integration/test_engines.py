@@ -2,26 +2,18 @@
 
 import json
 import re
-import socket
 import sys
 from functools import partial
 
 import pytest
 
 from helpers import engine_checks
-from helpers.process import environment
+from helpers.process import environment, free_port
 from utils.distributed.comm import launcher_restart_count
 from utils.files import ROOT
 from utils.launch.commands import has_horovod
 
 CHECKS = [name for name in vars(engine_checks) if name.startswith("check_")]
-
-
-def free_port() -> int:
-    """A port on 127.0.0.1 that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 @pytest.mark.parametrize(

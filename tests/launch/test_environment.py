@@ -252,15 +252,30 @@ def test_a_link_to_a_script(script, tmp_path):
     assert result.stderr.startswith("error: --epochs: 'x'")
 
 
-def test_a_folder_that_is_gone(tmp_path):
+@pytest.mark.parametrize("again", ["true", 'mkdir "$1"'], ids=["gone", "made anew"])
+def test_a_folder_that_is_gone(tmp_path, again):
     """Nothing works there, not even torch; bash itself complains before the launcher can."""
     command = [LAUNCHER, "-m", "alexnet", "-d", "synthetic10", "--", "-c", tmp_path / "run"]
-    script = 'mkdir "$1" && cd "$1" && rmdir "$1" && shift && exec "$@"'
+    script = f'mkdir "$1" && cd "$1" && rmdir "$1" && {again} && shift && exec "$@"'
     result = run(["bash", "-c", script, "-", tmp_path / "gone", *command])
     assert result.returncode == 2
     *_, last = result.stderr.splitlines()
     assert last == "error: the folder where you stand has been removed; go to another"
-    assert left_by(tmp_path) == []
+    assert left_by(tmp_path) in ([], ["gone"])
+
+
+def test_a_folder_that_may_not_be_searched(tmp_path):
+    """As of one who has become another user there."""
+    if os.geteuid() != 0 or not shutil.which("setpriv"):
+        pytest.skip("only root can become another user (setpriv)")
+    words = ["--dry-run", "-m", "alexnet", "-d", "synthetic10"]
+    command = [*OTHER_USER, "env", "PATH=/usr/bin:/bin", "bash", LAUNCHER, *words]
+    if run(command, cwd="/").returncode != 0:
+        pytest.skip("the other user cannot read the project, or has no Python 3.10")
+    tmp_path.chmod(0o700)
+    result = run(command, cwd=tmp_path)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert str(ROOT / "cifar.py") in result.stdout
 
 
 @pytest.mark.slow

@@ -2,8 +2,10 @@
 
     python utils/launch/supervisor.py [--tagged] [--max-restarts N] -- command ...
 
+The launcher, utils/launch/cli.py, calls ``supervise`` in its own process.
+
 torch.distributed.launch answers every failure with exit code 1 and pages of text of its own, kills
-workers that are still saving, and leaves them behind when it is killed itself. This small process,
+workers that are still saving, and leaves them behind when it is killed itself. This module,
 which imports nothing but the standard library, passes on the output of the workers, keeps the
 launcher's failure report to itself, turns it into one line and an exit code, and leaves no process
 behind. With --tagged the launcher is horovodrun, which puts a tag before every line of its workers

@@ -15,6 +15,7 @@ import torch
 
 from utils.distributed.comm import Comm
 from utils.files import ROOT
+from utils.launch.environment import core_count
 from utils.version import VERSION
 
 
@@ -65,7 +66,7 @@ def machine() -> dict[str, Any]:
         "host": platform.node(),
         "system": platform.platform(),
         "processor": processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cores": core_count(),
         "threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(i) for i in range(gpus)],
     }
