@@ -8,10 +8,15 @@ each worker's shard is the exception: add --sync-bn to compare networks that hav
 communication is what the same workers save when they average nothing.
 """
 
+import os
+import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
 import argparse
 import json
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass

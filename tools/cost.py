@@ -5,7 +5,12 @@ follows from the number of kernels that a step launches in a CUDA graph and from
 operations.
 """
 
+import os
 import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
 from collections.abc import Sequence
 
 import torch

@@ -6,19 +6,21 @@ The former needs the package safetensors, the latter onnx, onnxscript and onnxru
 run 100 images through the network and through what was written.
 """
 
-import argparse
-import importlib.util
+import os
 import sys
-from pathlib import Path
 
-# This folder would come first on the path, and its inspect.py would hide that of Python.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+import argparse
+from pathlib import Path
 
 import torch
 
-from models import create_model, identify
 from tools.network import Network, load_network
-from utils.errors import FAILED, UserError, command
+from utils.checkpoint.weights import pack
+from utils.errors import FAILED, UserError, command, require_packages
+from utils.files import write_atomically
 
 TOLERANCE = 1e-4  # The largest difference of the logits, relative to the largest of them.
 
@@ -34,9 +36,9 @@ def main() -> int:
     if not (options.safetensors or options.onnx):
         raise UserError("name a file with --safetensors FILE, --onnx FILE, or both")
     if options.safetensors:
-        _require("--safetensors", "safetensors")
+        require_packages("--safetensors", "safetensors")
     if options.onnx:
-        _require("--onnx", "onnx", "onnxscript", "onnxruntime")
+        require_packages("--onnx", "onnx", "onnxscript", "onnxruntime")
     network = load_network(options.checkpoint)
     images = torch.randn(100, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -51,14 +53,6 @@ def main() -> int:
     return 0 if good else FAILED
 
 
-def _require(flag: str, *packages: str) -> None:
-    """Raise UserError where a package is missing that the flag needs."""
-    missing = [name for name in packages if importlib.util.find_spec(name) is None]
-    if missing:
-        names = " ".join(missing)
-        raise UserError(f"{flag}: {names} missing; install with 'pip install {names}'")
-
-
 def _report(path: Path, wanted: torch.Tensor, got: torch.Tensor) -> bool:
     """Print whether the logits of a written network are those of the network; return it."""
     gap = float((wanted - got).abs().max() / wanted.abs().max())
@@ -70,24 +64,17 @@ def _report(path: Path, wanted: torch.Tensor, got: torch.Tensor) -> bool:
 
 def _safetensors(network: Network, path: Path, images: torch.Tensor) -> torch.Tensor:
     """Write the weights, read them into a fresh network and return its logits."""
-    from safetensors.torch import load_file, save_file
-
     about = {
         "network": network.name,
-        "classes": ",".join(network.classes),
-        "mean": " ".join(map(str, network.mean)),
-        "std": " ".join(map(str, network.std)),
+        "classes": list(network.classes),
+        "mean": list(network.mean),
+        "std": list(network.std),
     }
-    state = {name: tensor.contiguous() for name, tensor in network.model.state_dict().items()}
-    save_file(state, path, metadata=about)
-    weights = load_file(path)
-    found = identify({name: tuple(tensor.shape) for name, tensor in weights.items()})
-    assert found is not None, "the weights that were just written are not recognised"
-    fresh = create_model(found[0], **found[1])
-    fresh.load_state_dict(weights)
-    fresh.eval()
+    content = pack(network.model.state_dict(), about)
+    write_atomically(path, lambda file: file.write(content))
+    fresh = load_network(path)
     with torch.inference_mode():
-        return fresh(images)
+        return fresh.model(images)
 
 
 def _onnx(network: Network, path: Path, images: torch.Tensor) -> torch.Tensor:

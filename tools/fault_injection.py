@@ -8,9 +8,13 @@ nothing in that code knows of them.
 """
 
 import os
+import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
 import resource
 import signal
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path

@@ -3,14 +3,16 @@
 python tools/inspect.py FILE...
 """
 
-import argparse
+import os
 import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+import argparse
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-
-# This folder would come first on the path, where this file would pass for Python's own inspect.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 from models import identify
 from utils.checkpoint.format import describe_model, load
@@ -27,10 +29,12 @@ def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
     lines = [f"file       {path}, {path.stat().st_size:,} bytes"]
     if "format" in state:
         lines.append(f"format     {state['format']} of this suite")
+    elif state.get("weights_alone"):
+        lines.append("format     safetensors: weights alone")
     else:
         lines.append("format     of another script of this family")
     lines += _describe_network(state["state_dict"])
-    epoch = state.get("epoch", "unknown")
+    epoch = state.get("epoch", state.get("trained_epochs", "unknown"))
     step = f", step {state['step']} of the next" if state.get("step") else ""
     lines.append(f"trained    {epoch} epochs{step}")
     for key, title in (("acc", "last"), ("best_acc", "best")):

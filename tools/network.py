@@ -51,13 +51,19 @@ def load_network(path: Path) -> Network:
         )
     arch, arguments = found
     model = create_model(arch, **arguments)
-    load_model(model, state, path, arch)
+    load_model(model, state, path, arch, flag="CHECKPOINT")
     model.eval()
     count = arguments["num_classes"]
+    classes = tuple(state.get("classes", map(str, range(count))))
+    if len(classes) != count:
+        raise UserError(
+            f"CHECKPOINT {path}: names {len(classes)} classes of a network that has {count}; "
+            "name another file"
+        )
     mean, std = TRUE_STATISTICS["cifar100" if count == 100 else "cifar10"]
     return Network(
         model,
-        tuple(state.get("classes", map(str, range(count)))),
+        classes,
         tuple(state.get("mean", mean)),
         tuple(state.get("std", std)),
         describe_model(arch, arguments),

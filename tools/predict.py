@@ -3,12 +3,14 @@
 python tools/predict.py CHECKPOINT IMAGE...
 """
 
-import argparse
+import os
 import sys
-from pathlib import Path
 
-# This folder would come first on the path, and its inspect.py would hide that of Python.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+import argparse
+from pathlib import Path
 
 import numpy as np
 import torch

@@ -4,14 +4,21 @@ python -m tools.readme           rewrites the tables
 python -m tools.readme --check   says which file is out of date; the exit code is then 1
 """
 
-import argparse
+import os
 import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+import argparse
 from collections.abc import Mapping
 from itertools import groupby
+from pathlib import Path
 
-from tools import results
+from tools import published
 from utils.config.args import build_parser
 from utils.config.recipes import Recipe, load_recipes
+from utils.errors import command
 from utils.files import ROOT
 from utils.launch.options import USAGE
 
@@ -34,12 +41,12 @@ def recipes_table() -> str:
 def short_recipes_table() -> str:
     """Return the recipes without flags; neighbours with the same published errors share a row."""
     lines = ["| `-m` | parameters | authors | bearpaw |", "|---|---|---|---|"]
-    for published, group in groupby(load_recipes().values(), _published):
+    for figures, group in groupby(load_recipes().values(), _published):
         recipes = list(group)
         names = ", ".join(recipe.name for recipe in recipes)
         sizes = sorted(recipe.parameters / 1e6 for recipe in recipes)
         size = f"{sizes[0]:.2f}" + (f" - {sizes[-1]:.2f}" if len(sizes) > 1 else "")
-        lines.append(f"| {names} | {size} M | {' | '.join(published)} |")
+        lines.append(f"| {names} | {size} M | {' | '.join(figures)} |")
     return "\n".join(lines)
 
 
@@ -80,14 +87,18 @@ TABLES = {
     "recipes-short": short_recipes_table,
     "flags": flags_table,
     "launcher": lambda: f"```\n{USAGE}```",
-    "results": results.table,
+    "results": lambda: published.summary_table(published.load_results().values()),
+    "runs": lambda: published.runs_table(published.load_results()),
 }
 
 
 # What the tables say in README.zh-CN.md.
 CHINESE = {
     "| parameters | authors | bearpaw |": "| 参数量 | 论文作者 | bearpaw |",
-    results.NONE_YET: "尚未发布完整训练的结果。",
+    published.NONE_YET: "尚未发布完整训练的结果。",
+    "| data set | n | last | best | authors | bearpaw | workers, engine | hardware |": (
+        "| 数据集 | n | 最终 | 最佳 | 论文作者 | bearpaw | 进程数和引擎 | 硬件 |"
+    ),
 }
 
 
@@ -111,18 +122,30 @@ def updated(text: str, words: Mapping[str, str]) -> str:
     return text
 
 
+def wanted_files() -> dict[Path, str]:
+    """Return every file that is made here, in part or as a whole, with what it should hold."""
+    texts = {ROOT / name: (ROOT / name).read_text() for name in FILES}
+    made = {
+        path: updated(text, CHINESE if path.name == "README.zh-CN.md" else {})
+        for path, text in texts.items()
+    }
+    cards = {
+        folder / "README.md": published.card(folder, result)
+        for folder, result in published.load_results().items()
+    }
+    return made | cards
+
+
+@command
 def main() -> int:
     """Rewrite the tables, or check them, and return the exit code."""
-    parser = argparse.ArgumentParser(description="Write the tables of the documents.")
+    parser = argparse.ArgumentParser(description="Write the tables and cards of the documents.")
     parser.add_argument("--check", action="store_true", help="change nothing, report only")
     check = parser.parse_args().check
     stale = []
-    for name in FILES:
-        path = ROOT / name
-        text = path.read_text()
-        wanted = updated(text, CHINESE if name == "README.zh-CN.md" else {})
-        if text != wanted:
-            stale.append(name)
+    for path, wanted in wanted_files().items():
+        if not path.exists() or path.read_text() != wanted:
+            stale.append(str(path.relative_to(ROOT)))
             if not check:
                 path.write_text(wanted)
     if stale and check:

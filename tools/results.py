@@ -1,62 +1,96 @@
-"""Results of whole runs, kept in docs/results/<recipe>/<data set>/seed<N>/ and shown as a table.
+"""Publish whole runs in docs/results/<recipe>/<data set>/seed<N>/, and ask about runs and images.
 
-python -m tools.results add RUN_FOLDER     copies log.txt and metrics.jsonl, makes result.json
-python -m tools.results table              prints the table that tools/readme.py puts into documents
-python -m tools.results state RUN_FOLDER   says how far a run has come; exit code 1 before its end
+python tools/results.py add RUN_FOLDER    publishes a run that is trained to its end
+python tools/results.py state RUN_FOLDER  says how far a run has come; exit code 1 before its end
+python tools/results.py images -d cifar10 prints the digests of a data set's images
+python tools/results.py table             prints the table of what is published
+
+``add`` copies the log, draws the curves, makes result.json and the model card, and keeps weights
+where they are small: rounded to half precision, if they then score the same.
 """
+
+import os
+import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
 
 import argparse
 import json
-import shlex
 import shutil
-import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from utils.config.args import build_parser, parse_args
+from models import ModelError
+from tools.published import FOLDER, card, load_results, result_folder, summary_table
+from utils.config.args import DATASETS, build_parser, parse_args
 from utils.config.recipes import Recipe, load_recipes
-from utils.config.schema import MODEL_FLAGS
-from utils.errors import UserError, command
-from utils.files import ROOT, write_text
+from utils.config.schema import MODEL_FLAGS, Config
+from utils.errors import UserError, command, reason_of, require_packages
 
-FOLDER = ROOT / "docs" / "results"
 COPIED = ("log.txt", "metrics.jsonl")
-NONE_YET = "No whole run has been published yet."
-LEGEND = (
-    "Test error in per cent. Last: after the last epoch. Best: of the best test epoch, as bearpaw "
-    "prints it. Minutes: of training."
-)
-RE_ENCODED = (
-    "`folder`: the images as JPEG files, a re-encoding of the originals; the error on the original "
-    "pixels may differ a little."
-)
 
-# Options that say where files are and what is reported. They change no result.
+# Options that flags_beside leaves out: what result.json holds under a name of its own, where files
+# are, what is reported, and how the same numbers are computed.
 _WITHOUT_EFFECT = {
     "help", "version", "dataset", "data", "data_url", "data_archive", "data_md5", "workers",
     "checkpoint", "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas",
     "gpu_id", "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
+    "test_batch", "checkpoint_activations",
 }  # fmt: skip
 
 
-def read_run(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Return what args.json and metrics.jsonl of a run folder hold.
+# What a row must say, and what args.json says of the origin of a run.
+_NEEDED_OF_A_ROW = ("epoch", "valid_top1", "seconds")
+_ORIGIN = ("command", "engine", "workers", "versions", "git_commit")
 
-    There are no rows of metrics before the end of the first epoch.
+
+def read_args(folder: Path) -> dict[str, Any]:
+    """Return what args.json of a run folder holds.
 
     Raises:
-        UserError: The folder holds no run.
+        UserError: There is no such file, or it is not one that a run has written.
     """
+    path = folder / "args.json"
     try:
-        about = json.loads((folder / "args.json").read_text())
-        metrics = folder / "metrics.jsonl"
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        return about, [json.loads(line) for line in lines]
+        about = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(
-            f"{folder}: no run folder ({error}); name one that holds args.json"
+            f"{path}: cannot be read ({reason_of(error)}); name the folder of a run"
         ) from error
+    if not isinstance(about, dict) or not isinstance(about.get("options"), dict):
+        raise UserError(f"{path}: has no options of a run; name the folder of a run")
+    return about
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """Return the epochs that metrics.jsonl of a run folder holds, up to the first damaged line.
+
+    There are none before the end of the first epoch.
+    """
+    rows: list[dict[str, Any]] = []
+    try:
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            row = json.loads(line)
+            if not all(isinstance(row[key], int | float) for key in _NEEDED_OF_A_ROW):
+                break
+            rows.append(row)
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return rows
+
+
+def accuracies(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the last and the best accuracy of the rows of metrics, with the epoch of the best."""
+    best = max(rows, key=lambda row: row["valid_top1"])
+    return {
+        "last_accuracy": rows[-1]["valid_top1"],
+        "best_accuracy": best["valid_top1"],
+        "best_epoch": best["epoch"],
+    }
 
 
 def flags_beside(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
@@ -78,160 +112,216 @@ def flags_beside(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def summary(folder: Path, images: str | None) -> dict[str, Any]:
-    """Return the content of result.json.
+def summary(
+    folder: Path, options: Mapping[str, Any], compared_with: str | None = None
+) -> dict[str, Any]:
+    """Return what result.json says of a run, but for images and weights.
 
     Args:
         folder: The run folder.
-        images: The data set whose published figures a folder of images is compared with.
+        options: All options of the run.
+        compared_with: The data set whose published figures a folder of images is compared with.
 
     Raises:
-        UserError: There is no run, or none of a recipe, or it is not trained to its end, or it has
-            no test accuracy.
+        UserError: The run is of no recipe, or not trained to its end, or has no test accuracy, or
+            does not say where it comes from.
     """
-    from utils.checkpoint.run_dir import run_name  # Imports torch, which the state does not need.
-
-    about, rows = read_run(folder)
-    options = about["options"]
-    arguments = {name: options[name] for name in MODEL_FLAGS if options[name] is not None}
-    name = run_name(options["arch"], arguments)
-    recipe = load_recipes().get(name)
-    if recipe is None:
-        raise UserError(f"{folder}: {name} is no recipe; ./launcher.sh --list shows them")
+    about, rows = read_args(folder), read_rows(folder)
+    name = _recipe_name(folder, options)
     if len(rows) < options["epochs"]:
         raise UserError(
             f"{folder}: {len(rows)} of {options['epochs']} epochs are trained; finish the run "
             "with --resume auto"
         )
+    if compared_with and options["dataset"] != "folder":
+        raise UserError(f"--images {compared_with}: is for runs on -d folder; leave it out")
     if options["val_split"]:
         raise UserError(
             f"{folder}: --val-split {options['val_split']}: its log has no test accuracy; "
             "publish a run without"
         )
-    accuracies = [row["valid_top1"] for row in rows]
-    machine = {key: value for key, value in about["machine"].items() if key != "host"}
+    if missing := [key for key in (*_ORIGIN, "machine") if not about.get(key)]:
+        raise UserError(f"{folder}/args.json: lacks {missing[0]!r}; publish another run")
     return {
         "recipe": name,
         "dataset": options["dataset"],
-        "compared_with": images or options["dataset"],
+        "compared_with": compared_with or options["dataset"],
         "seed": options["seed"],
         "epochs": len(rows),
-        "last_accuracy": accuracies[-1],
-        "best_accuracy": max(accuracies),
-        "best_epoch": accuracies.index(max(accuracies)) + 1,
+        **accuracies(rows),
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
-        "flags": flags_beside(recipe, options),
-        "command": about["command"],
-        "engine": about["engine"],
-        "workers": about["workers"],
-        "versions": about["versions"],
-        "git_commit": about["git_commit"],
-        "machine": machine,
+        "flags": flags_beside(load_recipes()[name], options),
+        **{key: about[key] for key in _ORIGIN},
+        "machine": {key: value for key, value in about["machine"].items() if key != "host"},
     }
 
 
-def add(run: Path, results: Path, images: str | None, overwrite: bool) -> Path:
+def _recipe_name(folder: Path, options: Mapping[str, Any]) -> str:
+    """Return the name of the recipe whose network a run has trained.
+
+    Raises:
+        UserError: There is none.
+    """
+    from utils.checkpoint.run_dir import run_name  # Imports torch, which the state does not need.
+
+    arguments = {name: options[name] for name in MODEL_FLAGS if options[name] is not None}
+    try:
+        name = run_name(options["arch"], arguments)
+    except ModelError as error:
+        raise UserError(f"{folder}: -a {options['arch']}: {error.why}") from error
+    if name not in load_recipes():
+        raise UserError(f"{folder}: {name} is no recipe; ./launcher.sh --list shows them")
+    return name
+
+
+def add(
+    run: Path,
+    results: Path,
+    data: Mapping[str, str],
+    *,
+    compared_with: str | None = None,
+    note: str = "",
+    overwrite: bool = False,
+) -> Path:
     """Publish a run and return its folder among the results.
 
     Args:
         run: The run folder.
         results: The folder of all results.
-        images: The data set whose published figures a folder of images is compared with.
-        overwrite: Whether to replace a result of the same recipe, data set and seed.
+        data: Options that say where the images of the run are now; the others are the run's.
+        compared_with: The data set whose published figures a folder of images is compared with.
+        note: What the model card is to say beside the figures.
+        overwrite: Whether to replace a result of the same recipe, flags, data set and seed.
 
     Raises:
-        UserError: As ``summary``, or there is such a result already.
+        UserError: As ``summary``, or there is such a result already, or the images cannot be had
+            or are others than the run's, or a file is damaged, or the folder cannot be written to.
     """
-    found = summary(run, images)
-    folder = results / found["recipe"] / found["dataset"] / f"seed{found['seed']}"
+    require_packages("add", "safetensors")
+    # An older run does not know all options of today.
+    options = {**parse_args([]).options(), **read_args(run)["options"]}
+    found = summary(run, options, compared_with)
+    folder = result_folder(results, found)
     if folder.exists() and not overwrite:
         raise UserError(f"{folder}: exists already; --overwrite replaces it")
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in COPIED:
-        shutil.copyfile(run / name, folder / name)
+    # Only these need torch and matplotlib.
+    from tools.weights import choose_weights
+    from utils.metrics.plot import draw, read_log
+    from utils.training import build
+
+    log = read_log(run / "log.txt")
+    if len(next(iter(log.values()), [])) != found["epochs"]:
+        raise UserError(f"{run}/log.txt: has not the epochs of metrics.jsonl; publish another run")
+    config = Config.from_options({**options, **data})
+    dataset = build.dataset(config.data)
+    found["images"] = dataset.content_digests()
+    if config.data.data_md5:
+        found["images"]["archive_md5"] = config.data.data_md5
+    logged = {
+        "best": (found["best_accuracy"], found["best_epoch"]),
+        "last": (found["last_accuracy"], found["epochs"]),
+    }
+    kept = choose_weights(run, config, dataset, logged)
+    found["weights"], found["note"] = kept[0] if kept else None, note
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
-    write_text(folder / "result.json", text)
+
+    def write(new: Path) -> None:
+        for name in COPIED:
+            shutil.copyfile(run / name, new / name)
+        draw({run.name: log}, new / "log.png")
+        if kept:
+            (new / kept[0]["file"]).write_bytes(kept[1])
+        (new / "result.json").write_text(text)
+        (new / "README.md").write_text(card(folder, json.loads(text)))
+
+    try:
+        _replace_folder(folder, write)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: cannot be written ({reason_of(error)}); name another place with --results"
+        ) from error
     return folder
 
 
-def table(results: Path = FOLDER) -> str:
-    """Return our results beside the published figures of others, in the order of the recipes."""
-    recipes = load_recipes()
-    found = [json.loads(path.read_text()) for path in results.glob("*/*/seed*/result.json")]
-    if not found:
-        return NONE_YET
-    order = list(recipes)
-    found.sort(key=lambda r: (order.index(r["recipe"]), r["dataset"], r["seed"]))
-    lines = [
-        "| `-m` | data set | last | best | authors | bearpaw | seed | minutes | command |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    lines += [_row(result, recipes[result["recipe"]]) for result in found]
-    folders = any(result["dataset"] == "folder" for result in found)
-    return "\n".join([*lines, "", LEGEND, *([RE_ENCODED] if folders else [])])
-
-
-def _row(result: Mapping[str, Any], recipe: Recipe) -> str:
-    """Return the table's row of a result."""
-    errors = [f"{100 - result[key]:.2f}" for key in ("last_accuracy", "best_accuracy")]
-    published = [
-        _published(figures, result["compared_with"]) for figures in (recipe.authors, recipe.bearpaw)
-    ]
-    device = ", ".join(result["machine"]["gpus"][: result["workers"]]) or "CPU"
-    flags = shlex.join(result["flags"])
-    command = f"-m {recipe.name} -d {result['dataset']}" + (f" -- {flags}" if flags else "")
-    cells = [
-        recipe.name, result["dataset"], *errors, *published, str(result["seed"]),
-        f"{result['minutes']:.1f} ({device})", f"`{command}`",
-    ]  # fmt: skip
-    return f"| {' | '.join(cells)} |"
-
-
-def _published(figures: str, dataset: str) -> str:
-    """Return the one for a data set of the figures "CIFAR-10 / CIFAR-100"."""
-    if figures == "-" or dataset not in ("cifar10", "cifar100"):
-        return "-"
-    return figures.split(" / ")[dataset == "cifar100"]
+def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
+    """Put a folder that ``write`` fills in the place of one that may be there, or leave that."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as hidden:
+        new, old = Path(hidden, "new"), Path(hidden, "old")
+        new.mkdir()
+        write(new)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            new.rename(folder)
+        except BaseException:
+            if old.exists():
+                old.rename(folder)
+            raise
 
 
 def state(run: Path) -> tuple[str, bool]:
     """Return how far a run has come, in words, and whether it is at its end."""
     if not (run / "args.json").exists():
         return "not begun", False
-    about, rows = read_run(run)
-    epochs = about["options"]["epochs"]
+    epochs, rows = read_args(run)["options"].get("epochs", 0), read_rows(run)
     text = f"{len(rows)} of {epochs} epochs"
     if rows:
-        best = max(row["valid_top1"] for row in rows)
-        text += f", last {rows[-1]['valid_top1']:.2f}, best {best:.2f} %"
-    return text, len(rows) >= epochs
+        text += ", last {last_accuracy:.2f}, best {best_accuracy:.2f} %".format(**accuracies(rows))
+    return text, 0 < epochs <= len(rows)
 
 
-@command
-def main() -> int:
-    """Run the command line of the module's docstring and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def _parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--results", type=Path, default=FOLDER, metavar="DIR")
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("add", help="publish a run that is trained to its end")
     one.add_argument("run", type=Path, metavar="RUN_FOLDER")
     one.add_argument("--overwrite", action="store_true", help="replace what is published")
+    one.add_argument("--note", default="", help="what the model card is to say beside the figures")
     one.add_argument(
         "--images", choices=("cifar10", "cifar100"),
         help="for -d folder: which images these are, to compare with published figures",
     )  # fmt: skip
-    commands.add_parser("table", help="print the table")
     how_far = commands.add_parser("state", help="how far a run has come")
     how_far.add_argument("run", type=Path, metavar="RUN_FOLDER")
-    options = parser.parse_args()
-    if options.command == "add":
-        print(add(options.run, options.results, options.images, options.overwrite))
-    elif options.command == "table":
-        print(table(options.results))
-    else:
+    digests = commands.add_parser("images", help="the digests of a data set's images")
+    digests.add_argument("-d", dest="dataset", choices=DATASETS, default="cifar10")
+    for one_with_data in (one, digests):
+        one_with_data.add_argument("--data", metavar="DIR", help="where the images are now")
+        one_with_data.add_argument("--data-archive", metavar="FILE", help="their archive")
+        one_with_data.add_argument("--data-md5", metavar="HEX", help="the md5 of the archive")
+    commands.add_parser("table", help="print the table")
+    return parser.parse_args()
+
+
+@command
+def main() -> int:
+    """Run the command line of the module's docstring and return the exit code."""
+    options = _parse_args()
+    if options.command == "table":
+        print(summary_table(load_results(options.results).values()))
+        return 0
+    if options.command == "state":
         text, whole = state(options.run)
         print(text)
         return 0 if whole else 1
+    names = ("data", "data_archive", "data_md5")
+    data = {name: value for name in names if (value := getattr(options, name)) is not None}
+    if options.command == "images":
+        from utils.training import build
+
+        config = parse_args(["-d", options.dataset])
+        for name, digest in build.dataset(replace(config.data, **data)).content_digests().items():
+            print(f"{name} {digest}")
+        return 0
+    folder = add(
+        options.run, options.results, data,
+        compared_with=options.images, note=options.note, overwrite=options.overwrite,
+    )  # fmt: skip
+    print(f"{folder}\npython tools/readme.py brings the tables up to date")
     return 0
 
 

@@ -12,12 +12,16 @@ Where PyTorch sees GPUs, all of it happens on them, and CUDA graphs are compared
 too; with CUDA_VISIBLE_DEVICES= the CPU is proved. What the machine is too small for is named.
 """
 
+import os
+import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
 import argparse
 import json
-import os
 import shutil
 import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field

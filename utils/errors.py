@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from importlib.util import find_spec
 from typing import ParamSpec
 
 P = ParamSpec("P")
@@ -46,6 +47,18 @@ class UserError(Exception):
     def __init__(self, message: str) -> None:
         """Create an error whose message is one line, whatever text a value has brought into it."""
         super().__init__(one_line(message))
+
+
+def require_packages(flag: str, *packages: str) -> None:
+    """Raise a UserError where an optional package is missing.
+
+    Args:
+        flag: What needs the packages, for the message.
+        packages: Their names, which are also those of their modules.
+    """
+    missing = " ".join(name for name in packages if find_spec(name) is None)
+    if missing:
+        raise UserError(f"{flag}: needs {missing}; install with 'pip install {missing}'")
 
 
 def command(main: Callable[P, int]) -> Callable[P, int]:

@@ -30,7 +30,7 @@ def read_cases(kind, first, count, folder, timeout):
     return report
 
 
-@pytest.mark.parametrize("kind", ["archives", "checkpoints"])
+@pytest.mark.parametrize("kind", ["archives", "checkpoints", "weights"])
 def test_damaged_and_hostile_files_do_no_harm(kind, tmp_path):
     report = read_cases(kind, 0, 150, tmp_path, timeout=100)
     assert report["damaged"]["refused"] > 50
@@ -41,7 +41,7 @@ def test_damaged_and_hostile_files_do_no_harm(kind, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("kind", ["archives", "checkpoints"])
+@pytest.mark.parametrize("kind", ["archives", "checkpoints", "weights"])
 def test_thousands_of_damaged_files_do_no_harm(kind, tmp_path):
     report = read_cases(kind, 1000, 5000, tmp_path, timeout=800)
     assert report["damaged"]["cases"] == 5000

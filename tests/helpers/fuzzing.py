@@ -27,6 +27,7 @@ sys.path[:0] = [str(path) for path in Path(__file__).resolve().parents[1:3]]
 from helpers.archives import members_of_cifar10, write_archive
 from utils.checkpoint.format import FORMAT, LATEST, load
 from utils.checkpoint.manager import save
+from utils.checkpoint.weights import pack
 from utils.data.cifar_archive import ARCHIVES, read_archive
 from utils.errors import UserError
 
@@ -221,6 +222,75 @@ def same(one: Any, two: Any) -> bool:
     if isinstance(one, dict) and isinstance(two, dict):
         return one.keys() == two.keys() and all(same(one[key], two[key]) for key in one)
     return type(one) is type(two) and one == two
+
+
+# --- weights alone -------------------------------------------------------------------------------
+
+
+ABOUT = {
+    "classes": ["cat", "dog"],
+    "mean": [0.5, 0.5, 0.5],
+    "std": [0.2, 0.2, 0.2],
+    "trained_epochs": 3,
+}
+
+
+class Weights:
+    """Cases of damaged safetensors files."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "weights.safetensors"
+        self.weights = state()["state_dict"]
+        self.whole = pack(self.weights, ABOUT)
+        self.path.write_bytes(self.whole)
+        self.wanted = load(self.path)
+
+    def write(self, stream: random.Random) -> None:
+        self.path.write_bytes(damage(self.whole, stream))
+
+    def read(self) -> str:
+        """Return "refused", "loaded" as it was saved, "changed", or "foreign".
+
+        A file whose words are gone, digest included, is one of another program.
+        """
+        try:
+            found = load(self.path)
+        except UserError as error:
+            return refused(error)
+        if "classes" not in found:
+            return "foreign"
+        return "loaded" if same(found, self.wanted) else "changed"
+
+
+def hostile_weights(folder: Path, marker: Path) -> Iterator[Case]:
+    """Files whose headers lie, and words about weights that are none of ours."""
+    cases = Weights(folder)
+    for about in (
+        {"classes": "cat"}, {"classes": [1, 2]}, {"classes": None}, {"mean": [1.0]},
+        {"std": [1, "x", 2]}, {"std": {"a": 1}}, {"state_dict": {}}, {"format": 2},
+        {"optimizer": {"state": {}}}, {"memory_format": []}, {"acc": "x"}, {"versions": 3},
+        {"dataset": [1]}, {"dataset": "cifar10"}, {"trained_epochs": "x"}, {"std": [1.0, 1.0, 0.0]},
+    ):  # fmt: skip
+        cases.path.write_bytes(pack(cases.weights, about))
+        yield f"{about}", cases.read
+    tensor = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    words = {"cifar-allreduce": '{"classes": ["cat"]}'}
+    for name, header in {
+        "no digest": {"a": tensor, "__metadata__": words},
+        "words that are no JSON": {"a": tensor, "__metadata__": {"cifar-allreduce": "{"}},
+        "deep words": {"a": tensor, "__metadata__": {"cifar-allreduce": "[" * 100_000}},
+        "a list of words": {"a": tensor, "__metadata__": {"cifar-allreduce": "[1]"}},
+        "metadata that is no dictionary": {"a": tensor, "__metadata__": []},
+        "a tensor of 1 TB": {"a": {**tensor, "shape": [1 << 38], "data_offsets": [0, 1 << 40]}},
+        "a tensor behind the end": {"a": {**tensor, "data_offsets": [8, 16]}},
+        "two tensors in one place": {"a": tensor, "b": tensor},
+        "an unknown dtype": {"a": {**tensor, "dtype": "X9"}},
+        "no tensor": {},
+    }.items():
+        text = json.dumps(header).encode()
+        cases.path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+        yield name, cases.read
+    assert not marker.exists()
 
 
 # --- hostile pickles -----------------------------------------------------------------------------
@@ -468,6 +538,7 @@ def main() -> None:
     damaged, hostile = {
         "archives": (Archives, hostile_archives),
         "checkpoints": (Checkpoints, hostile_checkpoints),
+        "weights": (Weights, hostile_weights),
     }[kind]
     cases = damaged(work)
 

@@ -1,14 +1,29 @@
 """Published results: tools/results.py on a real run, the table, and runs within a time budget."""
 
 import json
+import re
+import shlex
 import shutil
 
 import pytest
+import torch
 
-from tools import cost, results
+from tools import cost, results, weights
+from tools.published import (
+    FOLDER,
+    NONE_YET,
+    card,
+    find_weights,
+    load_results,
+    runs_table,
+    summary_table,
+)
+from utils.config.args import parse_args
 from utils.config.recipes import find_recipe
 from utils.errors import UserError
 from utils.files import ROOT
+from utils.metrics.meter import Metrics
+from utils.metrics.plot import read_log
 
 
 @pytest.fixture(scope="module")
@@ -37,48 +52,304 @@ def edit(run, **changes):
     (run / "args.json").write_text(json.dumps(record))
 
 
-def test_a_run_is_published_and_stands_in_the_table(finished, tmp_path):
+def add(run, published, **options):
+    """Publish a run whose images are drawn."""
+    return results.add(run, published, {}, **options)
+
+
+def read(folder):
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_is_published_with_card_curves_and_weights(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)  # One of 20 images is five points.
     published = tmp_path / "results"
-    assert results.table(published) == results.NONE_YET
-    folder = results.add(finished, published, None, overwrite=False)
-    assert folder == published / "alexnet" / "synthetic10" / "seed0"
+    assert summary_table([]) == runs_table({}) == NONE_YET
+    folder = add(finished, published, note="It was trained for a test.")
+    name = "seed0-train-size-40-test-size-20-epochs-1-train-batch-20-gamma-0.5"
+    assert folder == published / "alexnet" / "synthetic10" / name
     assert sorted(path.name for path in folder.iterdir()) == [
-        "log.txt", "metrics.jsonl", "result.json",
+        "README.md", "best.safetensors", "log.png", "log.txt", "metrics.jsonl", "result.json",
     ]  # fmt: skip
     assert (folder / "log.txt").read_bytes() == (finished / "log.txt").read_bytes()
-    result = json.loads((folder / "result.json").read_text())
+    result = read(folder)
     (row,) = map(json.loads, (finished / "metrics.jsonl").read_text().splitlines())
     assert result["last_accuracy"] == result["best_accuracy"] == row["valid_top1"]
     assert result["command"][0] == "cifar.py"
     assert "host" not in result["machine"]
     flags = "--train-size 40 --test-size 20 --epochs 1 --train-batch 20 --gamma 0.5"
     assert result["flags"] == flags.split()
-    _, _, line, *_, legend = results.table(published).splitlines()
     error = f"{100 - row['valid_top1']:.2f}"
-    assert line.startswith(f"| alexnet | synthetic10 | {error} | {error} | - | - | 0 | 0.0 (CPU) |")
-    assert f"`-m alexnet -d synthetic10 -- {flags}`" in line
-    assert legend == results.LEGEND
+    cpu = f"{result['machine']['processor']}, {result['machine']['cores']} cores"
+    *_, line = summary_table([result]).splitlines()
+    wanted = (
+        f"| alexnet `{flags}` | synthetic10 | 1 | {error} | {error} | - | - | 1, dist | {cpu} |"
+    )
+    assert line == wanted
+    command = f"./launcher.sh -m alexnet -n 1 -d synthetic10 -f dist -- {flags}"
+    *_, line = runs_table({folder: result}, published).splitlines()
+    start = f"| [alexnet, synthetic10, seed 0](alexnet/synthetic10/{name}/README.md)"
+    assert line.startswith(f"{start} | {error} | {error} (1) | 1, dist | {cpu} | ")
+    assert f"`{command}`" in line
+    text = (folder / "README.md").read_text()
+    assert text == card(folder, result)  # as tools/readme.py makes it
+    kept = result["weights"]
+    for words in (
+        f"\n{command}\n", "It was trained for a test.", kept["sha256"], result["images"]["train"],
+        f"**{kept['accuracy']:.2f} %** ({kept['correct']} of 20 test images)",
+    ):  # fmt: skip
+        assert words in text
 
     with pytest.raises(UserError, match="--overwrite"):
-        results.add(finished, published, None, overwrite=False)
-    results.add(finished, published, None, overwrite=True)
+        add(finished, published)
+    add(finished, published, overwrite=True)
+    assert "note" not in (folder / "README.md").read_text()
 
 
-def test_images_from_a_folder_are_compared_with_what_they_are_said_to_be(finished, tmp_path):
+def test_published_weights_score_what_the_card_says(finished, tmp_path, monkeypatch, run_script):
+    """By the card's own command."""
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)
     published = tmp_path / "results"
-    edit(finished, dataset="folder")
-    results.add(finished, published, None, overwrite=False)
-    edit(finished, dataset="folder", seed=3)
-    results.add(finished, published, "cifar100", overwrite=False)
-    edit(finished, dataset="cifar10", seed=0)
-    results.add(finished, published, None, overwrite=False)
-    lines = results.table(published).splitlines()
-    cells = [line.split(" | ")[1:] for line in lines[2:5]]
-    assert [(c[0], c[3], c[4], c[5]) for c in cells] == [
-        ("cifar10", "-", "22.78", "0"), ("folder", "-", "-", "0"), ("folder", "-", "56.13", "3"),
+    folder = add(finished, published)
+    (command,) = re.findall(r"^python cifar\.py (.*)$", (folder / "README.md").read_text(), re.M)
+    before = sorted(path.name for path in folder.iterdir())
+    result = run_script(command.split())
+    assert result.returncode == 0, result.stderr
+    kept = read(folder)["weights"]
+    assert f"Test Acc: {kept['accuracy']:.2f} ({kept['correct']} of 20)" in result.stdout
+
+    # Without -e it would be a training, which may not begin in this folder.
+    words = [word for word in command.split() if word != "-e"]
+    result = run_script([*words, "--epochs", "1"])
+    assert result.returncode == 2
+    assert "holds a run already" in result.stderr
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_weights_are_found_by_recipe_data_set_and_seed(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)
+    published = tmp_path / "results"
+    first = add(finished, published)
+    edit(finished, seed=3)
+    third = add(finished, published)
+    path, about, content = find_weights("alexnet", "synthetic10", None, published)
+    assert path == first / "best.safetensors"
+    assert about == read(first)
+    assert content == path.read_bytes()
+    assert find_weights("alexnet", "synthetic10", 3, published)[0].parent == third
+    # The same seed with the flags of the recipe alone goes first.
+    plain = third.with_name("seed3")
+    shutil.copytree(third, plain)
+    assert find_weights("alexnet", "synthetic10", 3, published)[0].parent == plain
+    for recipe, dataset, seed in (("alexnet", "synthetic10", 4), ("resnet20", "synthetic10", None)):
+        with pytest.raises(UserError, match=f"no weights are published of {recipe} on {dataset}"):
+            find_weights(recipe, dataset, seed, published)
+    (plain / "result.json").write_text("{")  # Another run's file does not matter.
+    assert find_weights("alexnet", "synthetic10", 0, published)[0] == path
+    path.write_bytes(content[:-1] + b"x")
+    with pytest.raises(UserError, match="sha256"):
+        find_weights("alexnet", "synthetic10", 0, published)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"recipe": "alexnet"}', "5"])
+def test_a_damaged_result_is_named(tmp_path, text):
+    folder = tmp_path / "alexnet" / "cifar10" / "seed0"
+    folder.mkdir(parents=True)
+    (folder / "result.json").write_text(text)
+    with pytest.raises(UserError, match=re.escape(str(folder / "result.json"))):
+        load_results(tmp_path)
+
+
+def test_weights_that_rounding_changes_are_not_kept(finished, tmp_path, monkeypatch, capsys):
+    """Here every difference is too large, even none."""
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", -1)
+    folder = add(finished, tmp_path / "results")
+    assert read(folder)["weights"] is None
+    assert list(folder.glob("*.safetensors")) == []
+    assert "## Weights" not in (folder / "README.md").read_text()
+    assert capsys.readouterr().out.count("not kept") == 2  # the best ones and the last ones
+    monkeypatch.setattr(weights, "MAX_BYTES", 4_000_000)
+    add(finished, tmp_path / "results", overwrite=True)
+    assert "too many to be kept" in capsys.readouterr().out
+
+
+def test_weights_that_float16_cannot_hold_are_not_kept(finished, tmp_path, monkeypatch, capsys):
+    """They are not mistaken for those of other images."""
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 0)
+    # All images would be taken for one class, and this many of 20 are of it.
+    scores = iter([50.0, 5.0, 50.0, 5.0])
+    row = json.loads((finished / "metrics.jsonl").read_text())
+    (finished / "metrics.jsonl").write_text(json.dumps({**row, "valid_top1": 50.0}))
+    monkeypatch.setattr(weights.Scorer, "__call__", lambda *_: Metrics(0.0, next(scores), 0.0, 20))
+    folder = add(finished, tmp_path / "results")
+    assert read(folder)["weights"] is None
+    assert capsys.readouterr().out.count("not kept") == 2
+
+
+def test_a_card_scores_in_the_precision_of_its_score(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)
+    edit(finished, amp="bf16", test_batch=10)
+    folder = add(finished, tmp_path / "results")
+    assert folder.name.endswith("-amp-bf16")
+    (command,) = re.findall(r"^python cifar\.py (.*)$", (folder / "README.md").read_text(), re.M)
+    config = parse_args(shlex.split(command))
+    assert config.hardware.amp == "off"
+    assert config.data.test_size == 20
+    assert config.run.evaluate
+
+
+def test_a_card_leaves_the_place_of_a_folder_of_images_to_the_reader(finished, tmp_path):
+    result = read(add(finished, tmp_path / "results"))
+    text = card(tmp_path, {**result, "dataset": "folder", "compared_with": "cifar10"})
+    assert "-d folder -f dist -- --data DIR " in text
+    with pytest.raises(UserError, match="--images cifar10"):
+        add(finished, tmp_path / "more", compared_with="cifar10")
+
+
+def test_weights_that_are_rounded_already_are_compared_with_the_log(
+    finished, tmp_path, monkeypatch
+):
+    """A run folder that has come without its checkpoints."""
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)
+    first = add(finished, tmp_path / "results")
+    for path in finished.glob("*.pth.tar"):
+        path.unlink()
+    (finished / "best.safetensors").write_bytes((first / "best.safetensors").read_bytes())
+    second = add(finished, tmp_path / "more")
+    assert read(second)["weights"]["sha256"] == read(first)["weights"]["sha256"]
+    assert read(first)["weights"]["accuracy_before"] is not None
+    assert read(second)["weights"]["accuracy_before"] is None
+    assert "before rounding" not in (second / "README.md").read_text()
+
+
+def test_a_run_whose_weights_do_not_score_what_its_log_says_is_refused(finished, tmp_path):
+    """As with the images of another set."""
+    rows = (finished / "metrics.jsonl").read_text()
+    row = json.loads(rows)
+    row["valid_top1"] += 20
+    (finished / "metrics.jsonl").write_text(json.dumps(row) + "\n")
+    with pytest.raises(UserError, match="its log says"):
+        add(finished, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_folder_that_lacks_something_is_refused(finished, tmp_path):
+    args = (finished / "args.json").read_text()
+    record = json.loads(args)
+    for text, words in (
+        ("{", "args.json: cannot be read"), ("[]", "args.json: has no options"),
+        (json.dumps({**record, "options": {}}), "1 of 300 epochs"),
+        (json.dumps({**record, "machine": None}), "lacks 'machine'"),
+        (json.dumps({"options": record["options"]}), "lacks 'command'"),
+    ):  # fmt: skip
+        (finished / "args.json").write_text(text)
+        with pytest.raises(UserError, match=words):
+            add(finished, tmp_path / "results")
+    (finished / "args.json").write_text(args)
+    edit(finished, arch="nothing")
+    with pytest.raises(UserError, match="-a nothing"):
+        add(finished, tmp_path / "results")
+    edit(finished, arch="alexnet")
+    header, row = (finished / "log.txt").read_text().splitlines()
+    for text in (header, f"{header}\n{row}\n{row}", "x"):
+        (finished / "log.txt").write_text(text)
+        with pytest.raises(UserError, match=r"log\.txt"):
+            add(finished, tmp_path / "results")
+    (finished / "log.txt").unlink()
+    with pytest.raises(UserError, match=r"log\.txt"):
+        add(finished, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_publication_that_cannot_be_written_leaves_the_old_one(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_BYTES", 0)
+    folder = add(finished, tmp_path / "results")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("utils.metrics.plot.draw", full)
+    with pytest.raises(UserError, match="No space left"):
+        add(finished, tmp_path / "results", overwrite=True)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_the_seeds_of_one_training_share_a_row(finished, tmp_path, monkeypatch):
+    """Mean and sample deviation of 87.5, 90 and 92.5 % error, and another row for other flags."""
+    monkeypatch.setattr(weights, "MAX_BYTES", 0)
+    result = read(add(finished, tmp_path / "results"))
+    seeds = []
+    for seed, last in enumerate((12.5, 10.0, 7.5)):
+        flags = [*result["flags"], *(["--seed", str(seed)] if seed else [])]
+        workers = 2 if seed else 1
+        more = {"seed": seed, "flags": flags, "last_accuracy": last, "workers": workers}
+        seeds.append({**result, "best_accuracy": 12.5, **more})
+    other = {**result, "flags": ["--lr", "0.2"]}
+    _, _, row, other_row = summary_table([*seeds, other]).splitlines()
+    assert " | 3 | 90.00 ± 2.50 | 87.50 ± 0.00 | - | - | 1, dist / 2, dist | " in row
+    assert other_row.startswith("| alexnet `--lr 0.2` | synthetic10 | 1 | ")
+
+
+def test_images_from_a_folder_are_compared_with_what_they_are_said_to_be(
+    finished, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(weights, "MAX_BYTES", 0)
+    result = read(add(finished, tmp_path / "results"))
+    folder = {**result, "dataset": "folder"}
+    lines = summary_table(
+        [
+            {**result, "dataset": "cifar10", "compared_with": "cifar10"},
+            {**folder, "compared_with": "cifar100"},
+            {**folder, "compared_with": "folder"},
+        ]
+    ).splitlines()
+    cells = [line.split(" | ") for line in lines[2:]]
+    assert [(c[1], c[5], c[6]) for c in cells] == [
+        ("cifar10", "-", "22.78"), ("folder", "-", "56.13"), ("folder", "-", "-"),
     ]  # fmt: skip
-    assert "--seed 3" in lines[4]
-    assert lines[-1] == results.RE_ENCODED
+
+
+PUBLISHED = sorted(FOLDER.glob("*/*/seed*"))
+
+
+def test_something_is_published():
+    assert {folder.relative_to(FOLDER).parts[:2] for folder in PUBLISHED} >= {
+        ("alexnet", "cifar10"), ("alexnet", "cifar100"),
+    }  # fmt: skip
+    assert load_results().keys() == set(PUBLISHED)
+
+
+@pytest.mark.parametrize(
+    "folder", PUBLISHED, ids=[str(path.relative_to(FOLDER)) for path in PUBLISHED]
+)
+def test_what_is_published_fits_together(folder):
+    """Log, metrics, figures and weights are of one run; the accuracy needs the images to check."""
+    result = read(folder)
+    about = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(about) == result["epochs"]
+    found = results.accuracies(about)
+    assert {name: result[name] for name in found} == found
+    accuracies = read_log(folder / "log.txt")["Valid Acc."]
+    assert accuracies == pytest.approx([row["valid_top1"] for row in about], abs=1e-5)
+    assert (folder / "log.png").stat().st_size > 10_000
+    if not result["weights"]:
+        return
+    kept = result["weights"]
+    name = kept["file"].removesuffix(".safetensors")
+    logged = result[f"{name}_accuracy"]
+    assert abs(kept["accuracy"] - logged) <= weights.MAX_DIFFERENCE_FROM_LOG
+    before = logged if kept["accuracy_before"] is None else kept["accuracy_before"]
+    assert abs(kept["accuracy"] - before) <= weights.MAX_ROUNDING_CHANGE + 1e-9
+    assert kept["bytes"] == (folder / kept["file"]).stat().st_size <= weights.MAX_BYTES
+    model = torch.hub.load(
+        str(ROOT), kept["arch"], source="local", dataset=result["dataset"], trained=True,
+        seed=result["seed"], **kept["arguments"],
+    ).eval()  # fmt: skip
+    assert model.pretrained_cfg["accuracy"] == kept["accuracy"]
+    with torch.inference_mode():
+        assert model(torch.zeros(2, 3, 32, 32)).shape == (2, len(kept["classes"]))
 
 
 @pytest.mark.parametrize(
@@ -89,7 +360,7 @@ def test_images_from_a_folder_are_compared_with_what_they_are_said_to_be(finishe
 def test_what_is_no_whole_run_of_a_recipe_is_not_published(finished, tmp_path, changes, words):
     edit(finished, **changes)
     with pytest.raises(UserError, match=words):
-        results.add(finished, tmp_path / "results", None, overwrite=False)
+        add(finished, tmp_path / "results")
     assert not (tmp_path / "results").exists()
 
 
@@ -100,8 +371,8 @@ def test_how_far_a_run_has_come(finished, tmp_path):
     edit(finished, epochs=2)
     assert not results.state(finished)[1]
     assert results.state(tmp_path / "nothing") == ("not begun", False)
-    with pytest.raises(UserError, match="no run folder"):
-        results.read_run(tmp_path)
+    with pytest.raises(UserError, match="name the folder of a run"):
+        results.read_args(tmp_path)
 
 
 def test_the_predicted_cost_puts_recipes_in_order():

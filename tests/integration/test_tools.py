@@ -1,5 +1,6 @@
 """The commands of tools/, on real checkpoints and images."""
 
+import ast
 import importlib.util
 import json
 import sys
@@ -66,6 +67,37 @@ def test_inspect_says_what_a_file_holds(tool, trained, tmp_path):
         assert words in ours
     for words in ("depth 164", "num_classes 100", "ResNet-110", "another script", "71.14 %"):
         assert words in theirs
+
+
+TOOLS = [path for path in sorted((ROOT / "tools").glob("*.py")) if "__main__" in path.read_text()]
+assert len(TOOLS) >= 9
+FIRST_LINES = """\
+import os
+import sys
+
+if not __package__:  # Started by its path, this folder would hide Python's own inspect.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.realpath(__file__)))
+
+"""
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=[path.stem for path in TOOLS])
+def test_a_tool_finds_the_project_before_it_imports_anything(path):
+    """Modules that every Python has imported already come before that."""
+    source = path.read_text()
+    docstring = ast.get_docstring(ast.parse(source), clean=False)
+    assert source.startswith(f'"""{docstring}"""\n\n{FIRST_LINES}')
+
+
+@pytest.mark.parametrize("name", ["results", "readme", "seeds"])
+def test_a_tool_starts_by_its_path_and_as_a_module(run, tmp_path, name):
+    """The others import torch, which takes long; they begin as these do."""
+    command = [sys.executable, ROOT / "tools" / f"{name}.py", "-h"]
+    outside = run(command, cwd=tmp_path)
+    inside = run([sys.executable, "-m", f"tools.{name}", "-h"])
+    for result in (outside, inside):
+        assert result.returncode == 0, result.stderr
+        assert result.stdout.startswith("usage: ")
 
 
 def test_inspect_refuses_what_is_no_checkpoint(tool, tmp_path):

@@ -29,6 +29,7 @@ LAUNCHER_VALUES = {
     "--hosts": ("localhost:1", ["-f", "horovod"]),
     "--network-interfaces": ("lo", ["-f", "horovod"]),
     "--max-restarts": ("1", []),
+    "--seeds": ("0-2,7", []),
     "--min-np": ("1", ELASTIC),
     "--max-np": ("1", ELASTIC),
     "--host-discovery-script": (None, ["-f", "horovod"]),  # takes files that are there
@@ -109,6 +110,12 @@ def _refuses(option, value):
         (["-m", "alexnet", "-f", "horovod", "--port", "4000", "--dry-run"], ["--port 4000"]),
         (["-m", "alexnet", "--hosts", "a:1", "--dry-run"], ["--hosts a:1", "horovod"]),
         (["-m", "alexnet", "--dry-run", "--", "a\nb"], ["control character"]),
+        (["-m", "alexnet", "--dry-run", "--seeds", "0,2,0"], ["--seeds 0,2,0", "once"]),
+        (["-m", "alexnet", "--dry-run", "--seeds", "0-2,1"], ["--seeds 0-2,1", "once"]),
+        (["-m", "alexnet", "--dry-run", "--seeds", "3-1"], ["--seeds 3-1"]),
+        (["-m", "alexnet", "--dry-run", "--seeds", "0-999999999"], ["--seeds 0-999999999"]),
+        (["-m", "alexnet", "--dry-run", "--seeds", "0-1", "--compare"], ["--seeds 0-1"]),
+        (["-m", "alexnet", "--dry-run", "--seeds", "0-1", "--port", "4000"], ["--port 4000"]),
     ],
 )
 def test_what_cannot_be_started(words, named):

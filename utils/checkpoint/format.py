@@ -6,7 +6,6 @@ tensors, numbers, strings, lists and dicts in it, so that ``torch.load(weights_o
 it. A digest of all of it is among them, because ``torch.load`` does not notice a flipped bit.
 """
 
-import hashlib
 import io
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,9 @@ from torch import Tensor
 
 from models import identify
 from utils import log
-from utils.errors import UserError, reason_of
+from utils.checkpoint.digest import digest
+from utils.checkpoint.weights import is_safetensors, unpack
+from utils.errors import UserError, reason_of, require_packages
 
 FORMAT = 2
 LATEST = "checkpoint.pth.tar"
@@ -29,7 +30,7 @@ def load(path: Path, flag: str = "--resume", trust: bool = False) -> dict[str, A
     """Read a checkpoint, of this suite or of an older script of the family.
 
     Nothing in the file is executed unless ``trust`` says that it may be. A bare state dict counts
-    as a checkpoint without history.
+    as a checkpoint without history, and so does a safetensors file.
 
     Returns:
         The file's dict; ``state_dict`` in it has the raw model's names (no ``module.``).
@@ -69,7 +70,7 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
     """
     if content[257:262] == b"ustar":  # torch.load would unpack it into a folder.
         raise UserError(f"{flag} {path}: a file of torch before 0.2; save it again by a newer one")
-    state = _unpickled(content, path, flag, trust)
+    state = _decoded(content, path, flag, trust)
     weights = state.get("state_dict") if isinstance(state, dict) else None
     if not isinstance(weights, dict) or not all(
         isinstance(name, str) and is_plain(value) for name, value in weights.items()
@@ -87,9 +88,14 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
     return state
 
 
-def _unpickled(content: bytes, path: Path, flag: str, trust: bool) -> Any:
-    """Return what torch.load makes of the bytes; a bare state dict becomes a checkpoint."""
+def _decoded(content: bytes, path: Path, flag: str, trust: bool) -> Any:
+    """Return what the bytes hold; a bare state dict becomes a checkpoint."""
+    weights_alone = is_safetensors(content)
+    if weights_alone:
+        require_packages(f"{flag} {path}", "safetensors")
     try:
+        if weights_alone:
+            return unpack(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
     except Exception as error:
         why = reason_of(error).splitlines()[0]
@@ -130,39 +136,6 @@ def load_newest(folder: Path, trust: bool) -> tuple[Path, bytes, dict[str, Any]]
             f"{' and '.join(failures)}: no checkpoint of this run is good; --overwrite starts anew"
         )
     return None
-
-
-def digest(value: Any) -> str:
-    """Return the SHA-256 of tensors, numbers and strings in dicts and lists, in hex.
-
-    Raises:
-        ValueError: A tensor is larger than what is stored of it.
-    """
-    found = hashlib.sha256()
-
-    def feed(value: Any) -> None:
-        if isinstance(value, Tensor):
-            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise ValueError("a tensor is larger than what is stored of it")
-            found.update(f"{value.dtype} {tuple(value.shape)}".encode())
-            flat = value.detach().cpu().contiguous().reshape(-1)
-            found.update(flat.view(torch.uint8).numpy().data)
-        elif isinstance(value, dict):
-            found.update(b"{")
-            for key, item in value.items():
-                feed(key)
-                feed(item)
-            found.update(b"}")
-        elif isinstance(value, list | tuple):
-            found.update(b"[")
-            for item in value:
-                feed(item)
-            found.update(b"]")
-        else:
-            found.update(f"{value!r};".encode(errors="surrogatepass"))
-
-    feed(value)
-    return found.hexdigest()
 
 
 def _has_its_digest(state: dict[str, Any]) -> bool:

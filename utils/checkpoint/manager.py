@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from utils import log
+from utils.checkpoint.digest import digest
 from utils.checkpoint.format import (
     BEST,
     DAMAGED,
     FORMAT,
     LATEST,
     PREVIOUS,
-    digest,
     load_newest,
     parse,
 )

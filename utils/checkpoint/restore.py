@@ -25,7 +25,9 @@ def restore_training_state(
     load_buffers(model, loaded.content, comm)
 
 
-def load_model(model: nn.Module, content: dict[str, Any], path: Path, wanted: str) -> None:
+def load_model(
+    model: nn.Module, content: dict[str, Any], path: Path, wanted: str, flag: str = "--resume"
+) -> None:
     """Load the weights after checking that they belong to this network.
 
     Args:
@@ -33,6 +35,7 @@ def load_model(model: nn.Module, content: dict[str, Any], path: Path, wanted: st
         content: What the file holds, as ``format.load`` returned it.
         path: The file, for the message.
         wanted: What the command line asks for, in words.
+        flag: What has named the file, for the message.
 
     Raises:
         UserError: The file holds another network; it says which.
@@ -45,9 +48,10 @@ def load_model(model: nn.Module, content: dict[str, Any], path: Path, wanted: st
     if {k: v for k, v in shapes.items() if k not in counters} != {
         k: v for k, v in own.items() if k not in counters
     }:
+        ask = "-a, model flags and -d" if flag == "--resume" else "model and arguments"
         raise UserError(
-            f"--resume {path}: holds {describe_shapes(shapes)}, not {wanted}; "
-            "give the matching -a, model flags and -d, or another file"
+            f"{flag} {path}: holds {describe_shapes(shapes)}, not {wanted}; "
+            f"give the matching {ask}, or another file"
         )
     # Every name but the counters is known to be there, so strict would only reject old files.
     model.load_state_dict(weights, strict=False)

@@ -19,10 +19,12 @@ class LoadedCheckpoint:
     Attributes:
         path: The file.
         content: What it holds.
+        flag: What has named the file, for messages.
     """
 
     path: Path
     content: dict[str, Any]
+    flag: str = "--resume"
 
 
 def find_checkpoint(

@@ -100,7 +100,12 @@ def _claim(
     restarted: bool,
 ) -> IO[str]:
     """Claim the folder and remove what a run that is replaced has left; return the lock."""
-    mine = loaded is not None and loaded.path.resolve().parent == folder.resolve()
+    # Weights alone, such as published ones, are no run that could go on in their folder.
+    mine = (
+        loaded is not None
+        and not loaded.content.get("weights_alone")
+        and loaded.path.resolve().parent == folder.resolve()
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder)

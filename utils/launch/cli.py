@@ -30,7 +30,9 @@ from utils.launch.commands import (
     dist_environment,
     has_horovod,
     horovod_command,
+    project_folder,
     safe_python,
+    script_arguments,
     shell_line,
 )
 from utils.launch.environment import core_count, for_horovod, leftovers, without_leftovers
@@ -70,6 +72,8 @@ def main(words: Sequence[str]) -> int:
         return _run_tool(options.tool, arguments, python, options.dry_run)
     if job.engine == "horovod" and not options.dry_run and not has_horovod():
         _build_horovod(options.yes)
+    if job.seeds:
+        return _run_tool("tools.seeds", options.words(), python, options.dry_run)
     return _start(job, python, options.dry_run)
 
 
@@ -82,8 +86,9 @@ def _start(job: Job, python: str, dry_run: bool) -> int:
         dry_run: Whether to print only.
     """
     _check_text(ROOT)
-    here = _is_here(ROOT)  # Paths can be short then.
-    command_line = _command(job, python.removeprefix(f"{ROOT}/") if here else python, here)
+    folder = project_folder()
+    shown_python = python if folder == ROOT else python.removeprefix(f"{ROOT}/")
+    command_line = _command(job, shown_python, folder)
     added = _added_environment(job)
     dropped = leftovers(os.environ)
     shown = [*(f"{name}={value}" for name, value in added.items()), *command_line]
@@ -107,28 +112,15 @@ def _check_text(path: Path) -> None:
         raise UserError(f"{path}: is not UTF-8, which torch needs; move the project") from None
 
 
-def _is_here(folder: Path) -> bool:
-    """Return whether the user stands in a folder."""
-    try:
-        return os.path.samefile(os.curdir, folder)
-    except OSError:  # in a folder that this user may not search
-        return False
-
-
-def _command(job: Job, python: str, here: bool) -> list[str]:
+def _command(job: Job, python: str, folder: Path) -> list[str]:
     """Return the command that starts the workers.
 
     Args:
         job: What to start.
         python: The interpreter.
-        here: Whether the user stands in the project's folder.
+        folder: The project's folder, as ``project_folder`` returns it.
     """
-    folder = Path() if here else ROOT
-    arguments = [*job.recipe.flags, "--dataset", job.dataset]
-    if not here:
-        arguments += ["--data", str(ROOT / "data")]
-    target = folder / "checkpoints" / job.dataset / job.recipe.name
-    arguments += ["--checkpoint", str(target), *job.flags]
+    arguments = script_arguments(job.recipe, job.dataset, job.flags)
     if job.engine == "horovod":
         script = [str(folder / "cifar_horovod.py"), *arguments]
         return horovod_command(python, job.workers, script, job.place)

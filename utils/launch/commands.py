@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from utils.config.recipes import Recipe
 from utils.files import ROOT
 
 # Characters that move the cursor, or end a line, where a text is shown.
@@ -125,6 +126,29 @@ def horovod_command(python: str, workers: int, script: Sequence[str], place: Hos
     if place.min_np:
         command += ["--min-np", str(place.min_np), "--max-np", str(place.max_np)]
     return [*command, python, *script]
+
+
+def project_folder() -> Path:
+    """Return the path of the project's folder, which is short where the user stands in it."""
+    try:
+        return Path() if os.path.samefile(os.curdir, ROOT) else ROOT
+    except OSError:  # in a folder that this user may not search
+        return ROOT
+
+
+def script_arguments(recipe: Recipe, dataset: str, flags: Sequence[str]) -> list[str]:
+    """Return the arguments of the script that trains a recipe.
+
+    Args:
+        recipe: The recipe.
+        dataset: The data set.
+        flags: What the user gives to the script, which wins over all others.
+    """
+    folder = project_folder()
+    arguments = [*recipe.flags, "--dataset", dataset]
+    if folder == ROOT:
+        arguments += ["--data", str(ROOT / "data")]
+    return [*arguments, "--checkpoint", str(folder / "checkpoints" / dataset / recipe.name), *flags]
 
 
 def has_horovod() -> bool:

@@ -33,6 +33,10 @@ usage: ./launcher.sh -m MODEL [-n WORKERS] [-g GPUS] [-d DATASET] [-f dist|horov
   --max-restarts N
                start again, from the newest checkpoint, after a failure that need not come again:
                a killed or stalled worker, a lost connection (default: 3; 0 to 1000)
+  --seeds LIST
+               train with each seed of a list such as 0-4 or 0,2,7, one after the other, or one per
+               -n GPUs at a time (-n is 1 by default); print mean and standard deviation; the same
+               command goes on after an interruption
   --yes        horovod: build it first where it is missing (minutes, once)
   --list       show the recipes
   --dry-run    print the command and its environment, start nothing
@@ -52,7 +56,7 @@ _VALUES = {
     "-m": "model", "-n": "workers", "-g": "gpus", "-d": "dataset", "-f": "engine",
     "--port": "port", "--hosts": "hosts", "--network-interfaces": "interfaces",
     "--min-np": "min_np", "--max-np": "max_np", "--host-discovery-script": "discovery",
-    "--max-restarts": "restarts",
+    "--max-restarts": "restarts", "--seeds": "seeds",
 }  # fmt: skip
 _SWITCHES = {"--dry-run": "dry_run", "--yes": "yes"}
 _TEXTS = {"--list": "list", "-h": "help", "--help": "help", "--version": "version"}
@@ -61,6 +65,7 @@ _TOOLS = {"--compare": "tools.compare", "--verify": "tools.verify", "--bench": "
 _HOST = r"[A-Za-z0-9][A-Za-z0-9.-]*:[1-9][0-9]{0,3}"
 _INTERFACE = r"[A-Za-z0-9][A-Za-z0-9_.-]*"
 _GPU = r"(0|[1-9][0-9]{0,3})"
+_MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -85,12 +90,24 @@ class Options:
     max_np: str = ""
     discovery: str = ""
     restarts: str = "3"
+    seeds: str = ""
     show: str = ""
     dry_run: bool = False
     yes: bool = False
     tool: str = ""
     benchmark: str = "all"
     flags: tuple[str, ...] = ()
+
+    def words(self, **changes: Any) -> list[str]:
+        """Return a command line that reads as these options, but for what is printed or measured.
+
+        Args:
+            changes: Attributes that have other values in it.
+        """
+        changed = replace(self, **changes)
+        pairs = [(flag, getattr(changed, name)) for flag, name in _VALUES.items()]
+        words = [word for flag, value in pairs if value for word in (flag, value)]
+        return [*words, *(["--yes"] if changed.yes else []), "--", *changed.flags]
 
 
 def read_options(words: Sequence[str]) -> Options:
@@ -154,6 +171,8 @@ class Job:
         port: The port of the rendezvous on 127.0.0.1; 0 for a free one.
         place: Where the workers of a Horovod job run.
         flags: What the user gives to cifar.py.
+        seeds: The seeds of --seeds; empty without it.
+        gpu_ids: The GPUs to use, one by one; empty on a machine without.
     """
 
     recipe: Recipe
@@ -165,6 +184,8 @@ class Job:
     port: int
     place: Hosts
     flags: tuple[str, ...]
+    seeds: tuple[int, ...]
+    gpu_ids: tuple[str, ...]
 
 
 def check_job(options: Options, visible: str | None) -> Job:
@@ -180,8 +201,10 @@ def check_job(options: Options, visible: str | None) -> Job:
     if not options.model:
         raise UserError("-m: name a recipe; ./launcher.sh --list shows them")
     _check_engine(options)
-    gpus = _check_gpus(options.gpus, visible)
-    workers = _check_workers(options.workers, gpus)
+    gpu_ids = _check_gpus(options.gpus, visible)
+    seeds = _check_seeds(options)
+    # With --seeds the other GPUs train other seeds.
+    workers = _check_workers(options.workers or ("1" if seeds else ""), len(gpu_ids))
     restarts = _check_restarts(options.restarts)
     place = _check_elastic(options, workers)
     _check_flags(options.flags)
@@ -194,7 +217,7 @@ def check_job(options: Options, visible: str | None) -> Job:
             place = _check_hosts(place, options.interfaces, workers)
     return Job(
         recipe, workers, options.gpus or visible, options.dataset, options.engine, restarts,
-        port, place, options.flags,
+        port, place, options.flags, seeds, gpu_ids,
     )  # fmt: skip
 
 
@@ -211,8 +234,8 @@ def _check_engine(options: Options) -> None:
             raise UserError(f"{flag} {value}: for -f {right}; leave it out")
 
 
-def _check_gpus(gpus: str, visible: str | None) -> int:
-    """Return the number of GPUs to use: those of -g, else of CUDA_VISIBLE_DEVICES, else all.
+def _check_gpus(gpus: str, visible: str | None) -> tuple[str, ...]:
+    """Return the ids of the GPUs to use: those of -g, else of CUDA_VISIBLE_DEVICES, else all.
 
     Args:
         gpus: The value of -g; empty for none.
@@ -223,9 +246,9 @@ def _check_gpus(gpus: str, visible: str | None) -> int:
     """
     here = gpu_count()
     if not gpus:
-        if visible is None:
-            return here
-        return min(here, sum(bool(id_) and id_[0] != "-" for id_ in visible.split(",")))
+        every = [str(id_) for id_ in range(here)] if visible is None else visible.split(",")
+        every = [id_.strip() for id_ in every]
+        return tuple(id_ for id_ in every if id_ and id_[0] != "-")[:here]
     if not re.fullmatch(f"{_GPU}(,{_GPU})*", gpus):
         raise UserError(f"-g '{gpus}': give ids such as 0 or 0,1")
     if not here:
@@ -239,7 +262,7 @@ def _check_gpus(gpus: str, visible: str | None) -> int:
             )
         if id_ in ids[:index]:
             raise UserError(f"-g {gpus}: {id_} stands there twice; give each id once")
-    return len(ids)
+    return tuple(ids)
 
 
 def _check_workers(workers: str, gpus: int) -> int:
@@ -264,6 +287,37 @@ def _check_workers(workers: str, gpus: int) -> int:
             why = f"too many for the {cores} core(s) here"
         raise UserError(f"-n {workers}: {why}; give at most -n {most}")
     return int(workers)
+
+
+def _check_seeds(options: Options) -> tuple[int, ...]:
+    """Return the seeds of a list such as ``0-4`` or ``0,2,7-9``; none without --seeds.
+
+    Raises:
+        UserError: The list is malformed, names a seed twice, or does not go with another option.
+    """
+    seeds = options.seeds
+    if not seeds:
+        return ()
+    if options.tool:
+        raise UserError(f"--seeds {seeds}: is for trainings of their own; leave it out")
+    if options.port:
+        raise UserError(f"--port {options.port}: is for one training; leave it out, or --seeds")
+    number = "(?:0|[1-9][0-9]{0,8})"
+    if not re.fullmatch(f"{number}(-{number})?(,{number}(-{number})?)*", seeds):
+        raise UserError(f"--seeds '{seeds}': give numbers and ranges, such as 0-4 or 0,2,7")
+    found: list[int] = []
+    for part in seeds.split(","):
+        first, _, last = part.partition("-")
+        numbers = range(int(first), int(last or first) + 1)
+        if not 0 < len(numbers) <= _MOST_SEEDS:
+            raise UserError(
+                f"--seeds {seeds}: {part} has not 1 to {_MOST_SEEDS} seeds; give the smaller "
+                "number first"
+            )
+        found += numbers
+    if len(set(found)) < len(found) or len(found) > _MOST_SEEDS:
+        raise UserError(f"--seeds {seeds}: give each seed once, {_MOST_SEEDS} at most")
+    return tuple(found)
 
 
 def _check_restarts(restarts: str) -> int:

@@ -167,7 +167,7 @@ def model(
     if loaded:
         arguments = config.model.arguments() | {"num_classes": classes}
         wanted = describe_model(config.model.arch, arguments)
-        load_model(model, loaded.content, loaded.path, wanted)
+        load_model(model, loaded.content, loaded.path, wanted, loaded.flag)
     return model, memory_format
 
 

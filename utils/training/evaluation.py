@@ -113,7 +113,9 @@ def evaluate_checkpoint(
     result = evaluator(images, confusion)
     if not comm.is_main_process or loaded is None:  # --evaluate always comes with a checkpoint.
         return
-    log.info(f"{loaded.path}, after epoch {loaded.content.get('epoch', 'unknown')}")
+    content = loaded.content
+    epoch = content.get("epoch", content.get("trained_epochs", "unknown"))
+    log.info(f"{loaded.path}, after epoch {epoch}")
     if confusion:
         log.info("\n".join(confusion.lines(classes)))
         picture = loaded.path.parent / "confusion.png"

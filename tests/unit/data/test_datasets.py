@@ -49,6 +49,23 @@ def test_the_fingerprint_tells_any_other_contents():
         assert other.fingerprint() != data.fingerprint()
 
 
+def test_the_digests_of_the_images_do_not_depend_on_their_order():
+    data = load_dataset("synthetic10", "unused", train_size=20, test_size=10)
+    digests = data.content_digests()
+    assert digests["train"] != digests["test"]
+    turned = replace(
+        data, train_images=data.train_images[::-1], train_labels=data.train_labels[::-1]
+    )
+    assert turned.content_digests() == digests
+    exchanged = replace(data, train_labels=data.train_labels[::-1])
+    darker = data.test_images.copy()
+    darker[9, 31, 31, 2] ^= 1
+    assert exchanged.content_digests()["train"] != digests["train"]
+    assert replace(data, test_images=darker).content_digests()["test"] != digests["test"]
+    twice = replace(data, train_images=data.train_images[[0] * 20])
+    assert twice.content_digests()["train"] != digests["train"]
+
+
 # --- the embedded data set -----------------------------------------------------------------------
 
 
