@@ -24,7 +24,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from models import ModelError
 from tools.published import FOLDER, card, load_results, result_folder, summary_table
 from utils.config.args import DATASETS, build_parser, parse_args
 from utils.config.recipes import Recipe, load_recipes
@@ -41,8 +40,6 @@ _WITHOUT_EFFECT = {
     "gpu_id", "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
     "test_batch", "checkpoint_activations",
 }  # fmt: skip
-
-
 # What a row must say, and what args.json says of the origin of a run.
 _NEEDED_OF_A_ROW = ("epoch", "valid_top1", "seconds")
 _ORIGIN = ("command", "engine", "workers", "versions", "git_commit")
@@ -140,7 +137,7 @@ def summary(
             f"{folder}: --val-split {options['val_split']}: its log has no test accuracy; "
             "publish a run without"
         )
-    if missing := [key for key in (*_ORIGIN, "machine") if not about.get(key)]:
+    if missing := [key for key in (*_ORIGIN, "machine") if about.get(key) is None]:
         raise UserError(f"{folder}/args.json: lacks {missing[0]!r}; publish another run")
     return {
         "recipe": name,
@@ -162,7 +159,9 @@ def _recipe_name(folder: Path, options: Mapping[str, Any]) -> str:
     Raises:
         UserError: There is none.
     """
-    from utils.checkpoint.run_dir import run_name  # Imports torch, which the state does not need.
+    # They import torch, which the state does not need.
+    from models import ModelError
+    from utils.checkpoint.run_dir import run_name
 
     arguments = {name: options[name] for name in MODEL_FLAGS if options[name] is not None}
     try:

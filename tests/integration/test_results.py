@@ -18,6 +18,7 @@ from tools.published import (
     runs_table,
     summary_table,
 )
+from utils.checkpoint import format as checkpoint
 from utils.config.args import parse_args
 from utils.config.recipes import find_recipe
 from utils.errors import UserError
@@ -45,6 +46,24 @@ def finished(shared_run, run_script, tmp_path):
     return shutil.copytree(shared_run, tmp_path / "run")
 
 
+UNFINISHED = sorted(FOLDER.glob("unfinished/*/*/seed*"))
+
+
+@pytest.mark.parametrize(
+    "folder", UNFINISHED, ids=[str(path.relative_to(FOLDER)) for path in UNFINISHED]
+)
+def test_an_unfinished_run_has_what_going_on_needs(folder):
+    state = checkpoint.load(folder / checkpoint.LATEST)
+    assert (folder / checkpoint.LATEST).stat().st_size < 4_000_000
+    assert state["epoch"] == len(results.read_rows(folder)) > 0
+    assert len(read_log(folder / "log.txt")["Valid Acc."]) == state["epoch"]
+    assert state["optimizer"]["state"]
+    options = results.read_args(folder)["options"]
+    assert state["options"] == options
+    assert state["epoch"] < options["epochs"], "publish it"
+    assert folder.parts[-3:] == ("resnet20", options["dataset"], f"seed{options['seed']}")
+
+
 def edit(run, **changes):
     """Change options in a run's args.json."""
     record = json.loads((run / "args.json").read_text())
@@ -65,6 +84,9 @@ def test_a_run_is_published_with_card_curves_and_weights(finished, tmp_path, mon
     monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)  # One of 20 images is five points.
     published = tmp_path / "results"
     assert summary_table([]) == runs_table({}) == NONE_YET
+    record = json.loads((finished / "args.json").read_text())
+    # As outside a clone.
+    (finished / "args.json").write_text(json.dumps({**record, "git_commit": ""}))
     folder = add(finished, published, note="It was trained for a test.")
     name = "seed0-train-size-40-test-size-20-epochs-1-train-batch-20-gamma-0.5"
     assert folder == published / "alexnet" / "synthetic10" / name
@@ -95,7 +117,8 @@ def test_a_run_is_published_with_card_curves_and_weights(finished, tmp_path, mon
     assert text == card(folder, result)  # as tools/readme.py makes it
     kept = result["weights"]
     for words in (
-        f"\n{command}\n", "It was trained for a test.", kept["sha256"], result["images"]["train"],
+        f"\n{command}\n", "It was trained for a test.", "commit unknown", kept["sha256"],
+        result["images"]["train"],
         f"**{kept['accuracy']:.2f} %** ({kept['correct']} of 20 test images)",
     ):  # fmt: skip
         assert words in text
