@@ -140,10 +140,8 @@ def _summary_row(group: Sequence[Result]) -> str:
         first["recipe"] + (f" `{shlex.join(flags)}`" if flags else ""),
         first["dataset"],
         str(len(group)),
-        *(
-            mean_and_std([100 - r[key] for r in group])
-            for key in ("last_accuracy", "best_accuracy")
-        ),
+        mean_and_std([100 - result["last_accuracy"] for result in group]),
+        mean_and_std([100 - result["best_accuracy"] for result in group]),
         *_published(first),
         " / ".join(dict.fromkeys(map(_engine, group))),
         " / ".join(dict.fromkeys(map(_hardware, group))),

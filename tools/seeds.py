@@ -29,8 +29,8 @@ from tools.results import accuracies, flags_beside, read_args, read_rows
 from utils import log
 from utils.config.args import parse_args
 from utils.config.schema import Config
-from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN, UserError, command, reason_of
-from utils.files import ROOT, check_writable
+from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN, UserError, command
+from utils.files import ROOT, make_output
 from utils.launch.commands import script_arguments
 from utils.launch.environment import core_count
 from utils.launch.options import USAGE, Job, Options, check_job, read_options
@@ -83,7 +83,7 @@ def main() -> int:
             log.info(f"seed {run.seed}: is trained already, {run.folder}")
     slots = slots_of(job, options, len(left))
     if len(slots) > 1:
-        _make_folder(parent)
+        make_output(parent, "-- -c")
     trainings = Trainings(left, slots, partial(launch, options, job))
     trainings.run()
     code = trainings.exit_code()
@@ -91,17 +91,6 @@ def main() -> int:
     what = f"{job.recipe.name} on {config.data.dataset}, {kind} accuracy"
     log.info(report(runs, config.train.epochs, what, code != BAD_INPUT))
     return code
-
-
-def _make_folder(folder: Path) -> None:
-    """Make the folder for output files, or raise a UserError."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        check_writable(folder)
-    except OSError as error:
-        raise UserError(
-            f"-- -c {folder}: cannot be written to ({reason_of(error)}); name another folder"
-        ) from error
 
 
 def common_config(job: Job) -> Config:

@@ -131,11 +131,12 @@ def check_writable(folder: Path) -> None:
         pass
 
 
-def make_output(folder: Path) -> None:
-    """Create the folder for results that the option -o names.
+def make_output(folder: Path, flag: str = "-o") -> None:
+    """Create the folder for results that an option names.
 
     Args:
         folder: The folder, which may exist.
+        flag: The option, for the message.
 
     Raises:
         UserError: The folder cannot be created or written to.
@@ -145,7 +146,7 @@ def make_output(folder: Path) -> None:
         check_writable(folder)
     except OSError as error:
         raise UserError(
-            f"-o {folder}: cannot be written to ({error.strerror}); name another folder"
+            f"{flag} {folder}: cannot be written to ({error.strerror}); name another folder"
         ) from error
 
 
