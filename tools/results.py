@@ -27,19 +27,13 @@ from typing import Any
 from tools.published import FOLDER, card, load_results, result_folder, summary_table
 from utils.config.args import DATASETS, build_parser, parse_args
 from utils.config.recipes import Recipe, load_recipes
-from utils.config.schema import MODEL_FLAGS, Config
+from utils.config.schema import MODEL_FLAGS, WITHOUT_EFFECT, Config
 from utils.errors import UserError, command, reason_of, require_packages
 
 COPIED = ("log.txt", "metrics.jsonl")
 
-# Options that flags_beside leaves out: what result.json holds under a name of its own, where files
-# are, what is reported, and how the same numbers are computed.
-_WITHOUT_EFFECT = {
-    "help", "version", "dataset", "data", "data_url", "data_archive", "data_md5", "workers",
-    "checkpoint", "resume", "save_every", "overwrite", "trace", "tensorboard", "check_replicas",
-    "gpu_id", "local_rank", "trust_checkpoint", "timeout", "graph", "resident", "memory_format",
-    "test_batch", "checkpoint_activations",
-}  # fmt: skip
+# The data set has a name of its own in result.json, and the others are no options of a run.
+_LEFT_OUT = {"dataset", "help", "version"} | WITHOUT_EFFECT
 # What a row must say, and what args.json says of the origin of a run.
 _NEEDED_OF_A_ROW = ("epoch", "valid_top1", "seconds")
 _ORIGIN = ("command", "engine", "workers", "versions", "git_commit")
@@ -101,7 +95,7 @@ def flags_beside(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
     words: list[str] = []
     for action in build_parser()._actions:
         value = options.get(action.dest, usual.get(action.dest))
-        if action.dest in _WITHOUT_EFFECT or value == usual[action.dest]:
+        if action.dest in _LEFT_OUT or value == usual[action.dest]:
             continue
         words.append(min((s for s in action.option_strings if s.startswith("--")), key=len))
         if action.nargs != 0:

@@ -68,9 +68,12 @@ def test_a_run_goes_on_inside_an_epoch_with_other_workers_of_another_engine(
     alone, folder = tmp_path / "alone", tmp_path / "relay"
     assert train(alone, "alexnet", "serial", 1, *precise).returncode == 0
     assert train(folder, "alexnet", *first, *precise, fault="kill-5").returncode != 0
-    result = train(folder, "alexnet", *then, *precise, "--resume", "auto")
+    changed = ("--deterministic", "--memory-format", "channels_last")
+    result = train(folder, "alexnet", *then, *precise, *changed, "--resume", "auto")
     assert result.returncode == 0, result.stderr
     assert "after epoch 0, step 3" in result.stdout
+    # The memory format is only another way to the same numbers.
+    assert "note: changed since the checkpoint: --deterministic False -> True\n" in result.stdout
     assert f"{first[1]} worker(s) have trained so far, now {then[1]}" in result.stdout
     weights = [checkpoint.load(f / checkpoint.LATEST)["state_dict"] for f in (alone, folder)]
     for name, tensor in weights[0].items():

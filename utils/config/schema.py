@@ -22,6 +22,15 @@ MODEL_FLAGS = {
     "checkpoint_activations": "--checkpoint-activations",
 }
 
+# Options that change no number of a training: where files are, what is reported, and how the same
+# numbers are computed. Every other option makes another training.
+WITHOUT_EFFECT = frozenset({
+    "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint", "resume",
+    "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id", "local_rank",
+    "trust_checkpoint", "timeout", "graph", "resident", "memory_format", "test_batch",
+    "checkpoint_activations",
+})  # fmt: skip
+
 
 @dataclass(frozen=True)
 class ModelConfig:

@@ -13,21 +13,19 @@ from utils.checkpoint.format import BEST, parse, read
 from utils.checkpoint.restore import load_model
 from utils.checkpoint.resume import LoadedCheckpoint
 from utils.checkpoint.train_state import TrainState
-from utils.config.schema import DataConfig, HardwareConfig, ModelConfig, TrainConfig
+from utils.config.schema import (
+    WITHOUT_EFFECT,
+    DataConfig,
+    HardwareConfig,
+    ModelConfig,
+    TrainConfig,
+)
 from utils.config.validation import warnings
 from utils.data.datasets import Dataset
 from utils.data.image_set import Splits
 from utils.distributed.comm import Comm
 from utils.training.evaluation import Evaluator
 from utils.training.plan import EpochPlan
-
-# The options whose change makes another training.
-_OPTIONS_THAT_MATTER = (
-    "dataset", "train_size", "val_split", "stats", "pad_mode", "epochs", "train_batch",
-    "batch_per_worker", "lr", "lr_scaling", "schedule", "gamma", "warmup_steps", "warmup",
-    "momentum", "nesterov", "weight_decay", "sync_bn", "seed", "compression", "amp", "dtype",
-    "drop",
-)  # fmt: skip
 
 
 def log_start(
@@ -109,7 +107,7 @@ def log_origin(
     changed = [
         f"--{name.replace('_', '-')} {old} -> {options[name]}"
         for name, old in loaded.content.get("options", {}).items()
-        if name in _OPTIONS_THAT_MATTER and options.get(name) != old
+        if name in options and name not in WITHOUT_EFFECT and options[name] != old
     ]
     if changed:
         log.note(f"changed since the checkpoint: {', '.join(changed)}")
