@@ -40,7 +40,7 @@ def load_results(folder: Path = FOLDER) -> dict[Path, Result]:
     Raises:
         UserError: A result.json is damaged, or of a recipe that is not there.
     """
-    found = {path.parent: _read(path) for path in folder.glob("*/*/seed*/result.json")}
+    found = {path.parent: read_result(path) for path in folder.glob("*/*/seed*/result.json")}
     order = list(load_recipes())
 
     def place(item: tuple[Path, Result]) -> tuple[int, list[str], int]:
@@ -50,7 +50,7 @@ def load_results(folder: Path = FOLDER) -> dict[Path, Result]:
     return dict(sorted(found.items(), key=place))
 
 
-def _read(path: Path) -> Result:
+def read_result(path: Path) -> Result:
     """Return a result.
 
     Raises:
@@ -98,7 +98,7 @@ def find_weights(
         known = "; ".join(f"{r} on {d}, seed {n}" for r, d, n, *_ in fitting or places)
         raise UserError(f"no weights are published of {asked}; there are {known or 'none'}")
     path = min(chosen, key=lambda place: (place[3], place[2]))[-1]
-    result = _read(path.parent / "result.json")
+    result = read_result(path.parent / "result.json")
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -283,7 +283,10 @@ def _facts(result: Result) -> dict[str, str]:
         f"{who} {'none' if figure == '-' else f'{figure} %'}"
         for who, figure in zip(("authors", "bearpaw"), _published(result), strict=True)
     ]
-    versions = ", ".join(f"{name} {found}" for name, found in result["versions"].items() if found)
+    earlier = "; ".join(
+        f"{start['workers']} ({start['engine']}), {_hardware(start)}, {_code(start)}"
+        for start in result.get("earlier", [])
+    )
     images = result["images"]
     return {
         "test error, last epoch": f"{last} %",
@@ -293,9 +296,15 @@ def _facts(result: Result) -> dict[str, str]:
         "training": f"{result['epochs']} epochs, {result['minutes']:.1f} minutes",
         "workers": f"{result['workers']} ({result['engine']})",
         "machine": f"{_hardware(result)}, {result['machine']['system']}",
-        "code": f"commit {result['git_commit'] or 'unknown'}; {versions}",
+        "code": _code(result),
+        **({"earlier starts": earlier} if earlier else {}),
         "images, sha256": f"train `{images['train']}`, test `{images['test']}`",
     }
+
+
+def _code(start: Result) -> str:
+    versions = ", ".join(f"{name} {found}" for name, found in start["versions"].items() if found)
+    return f"commit {start['git_commit'] or 'unknown'}; {versions}"
 
 
 def _weights_part(folder: Path, result: Result) -> list[str]:

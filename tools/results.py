@@ -17,6 +17,7 @@ if not __package__:  # Started by its path, this folder would hide Python's own 
 
 import argparse
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -24,7 +25,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from tools.published import FOLDER, card, load_results, result_folder, summary_table
+from tools.published import (
+    FOLDER,
+    card,
+    load_results,
+    read_result,
+    result_folder,
+    summary_table,
+)
 from utils.config.args import DATASETS, build_parser, parse_args
 from utils.config.recipes import Recipe, load_recipes
 from utils.config.schema import MODEL_FLAGS, WITHOUT_EFFECT, Config
@@ -36,7 +44,7 @@ COPIED = ("log.txt", "metrics.jsonl")
 _LEFT_OUT = {"dataset", "help", "version"} | WITHOUT_EFFECT
 # What a row must say, and what args.json says of the origin of a run.
 _NEEDED_OF_A_ROW = ("epoch", "valid_top1", "seconds")
-_ORIGIN = ("command", "engine", "workers", "versions", "git_commit")
+_ORIGIN = ("command", "engine", "workers", "versions", "git_commit", "machine")
 
 
 def read_args(folder: Path) -> dict[str, Any]:
@@ -47,14 +55,17 @@ def read_args(folder: Path) -> dict[str, Any]:
     """
     path = folder / "args.json"
     try:
-        about = json.loads(path.read_text())
+        about: dict[str, Any] = json.loads(path.read_text())
+        starts = [about, *about.get("earlier", [])]
+        if all(isinstance(start["options"], dict) for start in starts):
+            return about
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({reason_of(error)}); name the folder of a run"
         ) from error
-    if not isinstance(about, dict) or not isinstance(about.get("options"), dict):
-        raise UserError(f"{path}: has no options of a run; name the folder of a run")
-    return about
+    except (AttributeError, KeyError, TypeError):
+        pass
+    raise UserError(f"{path}: has no options of a run; name the folder of a run")
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -114,8 +125,8 @@ def summary(
         compared_with: The data set whose published figures a folder of images is compared with.
 
     Raises:
-        UserError: The run is of no recipe, or not trained to its end, or has no test accuracy, or
-            does not say where it comes from.
+        UserError: The run is of no recipe, or not trained to its end, or not in one way, or has no
+            test accuracy, or does not say where it comes from.
     """
     about, rows = read_args(folder), read_rows(folder)
     name = _recipe_name(folder, options)
@@ -131,8 +142,25 @@ def summary(
             f"{folder}: --val-split {options['val_split']}: its log has no test accuracy; "
             "publish a run without"
         )
-    if missing := [key for key in (*_ORIGIN, "machine") if about.get(key) is None]:
-        raise UserError(f"{folder}/args.json: lacks {missing[0]!r}; publish another run")
+    if options["start_epoch"] is not None:
+        raise UserError(
+            f"{folder}: --start-epoch {options['start_epoch']}: it has not trained all epochs of "
+            "its log; publish a run without"
+        )
+    recipe = load_recipes()[name]
+    # Its network is the recipe's, whether flags or the defaults of the model say so.
+    model = parse_args(recipe.flags).model
+    same = {**{key: getattr(model, key) for key in MODEL_FLAGS}, "epochs": options["epochs"]}
+    starts = [*about.get("earlier", []), about]
+    ways = [_way(recipe, {**options, **start["options"], **same}) for start in starts]
+    for way in ways:
+        if way != ways[-1]:
+            raise UserError(
+                f"{folder}: was trained with {shlex.join(way) or 'its recipe alone'} first, then "
+                f"with {shlex.join(ways[-1]) or 'its recipe alone'}; publish a run that was "
+                "trained in one way"
+            )
+    origins = [_origin(folder, start) for start in starts]
     return {
         "recipe": name,
         "dataset": options["dataset"],
@@ -141,10 +169,28 @@ def summary(
         "epochs": len(rows),
         **accuracies(rows),
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
-        "flags": flags_beside(load_recipes()[name], options),
-        **{key: about[key] for key in _ORIGIN},
-        "machine": {key: value for key, value in about["machine"].items() if key != "host"},
+        "flags": flags_beside(recipe, {**options, **same}),
+        **origins[-1],
+        "earlier": origins[:-1],
     }
+
+
+def _way(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
+    """Return the flags that tell a training of a recipe from another, archive included."""
+    md5 = options["data_md5"]
+    return [*(["--data-md5", md5] if md5 else []), *flags_beside(recipe, options)]
+
+
+def _origin(folder: Path, start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a start of a run has taken place.
+
+    Raises:
+        UserError: args.json does not say so.
+    """
+    if missing := [key for key in _ORIGIN if start.get(key) is None]:
+        raise UserError(f"{folder}/args.json: lacks {missing[0]!r}; publish another run")
+    machine = {key: value for key, value in start["machine"].items() if key != "host"}
+    return {**{key: start[key] for key in _ORIGIN}, "machine": machine}
 
 
 def _recipe_name(folder: Path, options: Mapping[str, Any]) -> str:
@@ -173,7 +219,7 @@ def add(
     data: Mapping[str, str],
     *,
     compared_with: str | None = None,
-    note: str = "",
+    note: str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Publish a run and return its folder among the results.
@@ -183,7 +229,8 @@ def add(
         results: The folder of all results.
         data: Options that say where the images of the run are now; the others are the run's.
         compared_with: The data set whose published figures a folder of images is compared with.
-        note: What the model card is to say beside the figures.
+        note: What the model card is to say beside the figures; None for what that of a result that
+            is replaced says.
         overwrite: Whether to replace a result of the same recipe, flags, data set and seed.
 
     Raises:
@@ -208,14 +255,15 @@ def add(
     config = Config.from_options({**options, **data})
     dataset = build.dataset(config.data)
     found["images"] = dataset.content_digests()
-    if config.data.data_md5:
-        found["images"]["archive_md5"] = config.data.data_md5
+    if options["data_md5"]:  # The run's. Today's images may come from another archive.
+        found["images"]["archive_md5"] = options["data_md5"]
     logged = {
         "best": (found["best_accuracy"], found["best_epoch"]),
         "last": (found["last_accuracy"], found["epochs"]),
     }
     kept = choose_weights(run, config, dataset, logged)
-    found["weights"], found["note"] = kept[0] if kept else None, note
+    found["weights"] = kept[0] if kept else None
+    found["note"] = _note_of(folder) if note is None else note
     text = json.dumps(found, indent=2, sort_keys=True) + "\n"
 
     def write(new: Path) -> None:
@@ -234,6 +282,14 @@ def add(
             f"{folder}: cannot be written ({reason_of(error)}); name another place with --results"
         ) from error
     return folder
+
+
+def _note_of(folder: Path) -> str:
+    """Return the note of the result in a folder; none where there is no such result."""
+    try:
+        return str(read_result(folder / "result.json")["note"])
+    except UserError:
+        return ""
 
 
 def _replace_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -273,7 +329,7 @@ def _parse_args() -> argparse.Namespace:
     one = commands.add_parser("add", help="publish a run that is trained to its end")
     one.add_argument("run", type=Path, metavar="RUN_FOLDER")
     one.add_argument("--overwrite", action="store_true", help="replace what is published")
-    one.add_argument("--note", default="", help="what the model card is to say beside the figures")
+    one.add_argument("--note", help="what the model card is to say beside the figures")
     one.add_argument(
         "--images", choices=("cifar10", "cifar100"),
         help="for -d folder: which images these are, to compare with published figures",

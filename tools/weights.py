@@ -76,8 +76,8 @@ def choose_weights(
         logged: For "best" and "last" the accuracy in per cent and the epoch, as the log has them.
 
     Raises:
-        UserError: A checkpoint is damaged or of another network, or the weights score so
-            differently on these images that the run had others.
+        UserError: A checkpoint is damaged, of another network or another epoch, or the weights
+            score so differently on these images that the run had others.
     """
     scorer = Scorer(config, dataset)
     for name, (accuracy, epoch) in logged.items():
@@ -85,6 +85,12 @@ def choose_weights(
         if path is None:
             continue
         content = load(path, flag="RUN_FOLDER")
+        if path.suffix != ".safetensors" and content.get("epoch") != epoch:
+            raise UserError(
+                f"{path}: holds the weights after epoch {content.get('epoch')}, the {name} ones of "
+                f"the log are of epoch {epoch}; finish the run with --resume auto, or remove the "
+                "file to publish without them"
+            )
         about = {
             "classes": list(dataset.classes),
             "mean": list(dataset.mean),

@@ -19,6 +19,7 @@ from tools.published import (
     summary_table,
 )
 from utils.checkpoint import format as checkpoint
+from utils.checkpoint import manager
 from utils.config.args import parse_args
 from utils.config.recipes import find_recipe
 from utils.errors import UserError
@@ -126,7 +127,9 @@ def test_a_run_is_published_with_card_curves_and_weights(finished, tmp_path, mon
     with pytest.raises(UserError, match="--overwrite"):
         add(finished, published)
     add(finished, published, overwrite=True)
-    assert "note" not in (folder / "README.md").read_text()
+    assert "It was trained for a test." in (folder / "README.md").read_text()
+    add(finished, published, overwrite=True, note="")
+    assert "It was trained for a test." not in (folder / "README.md").read_text()
 
 
 def test_published_weights_score_what_the_card_says(finished, tmp_path, monkeypatch, run_script):
@@ -264,6 +267,8 @@ def test_a_run_folder_that_lacks_something_is_refused(finished, tmp_path):
         (json.dumps({**record, "options": {}}), "1 of 300 epochs"),
         (json.dumps({**record, "machine": None}), "lacks 'machine'"),
         (json.dumps({"options": record["options"]}), "lacks 'command'"),
+        (json.dumps({**record, "earlier": [3]}), "args.json: has no options"),
+        (json.dumps({**record, "earlier": 3}), "args.json: has no options"),
     ):  # fmt: skip
         (finished / "args.json").write_text(text)
         with pytest.raises(UserError, match=words):
@@ -282,6 +287,60 @@ def test_a_run_folder_that_lacks_something_is_refused(finished, tmp_path):
     with pytest.raises(UserError, match=r"log\.txt"):
         add(finished, tmp_path / "results")
     assert not (tmp_path / "results").exists()
+
+
+def test_a_run_that_went_on_in_another_way_is_refused(finished, tmp_path):
+    """One that went on elsewhere is not: its card says where it has been before."""
+    record = json.loads((finished / "args.json").read_text())
+    elsewhere = {**record, "engine": "Horovod", "workers": 3, "git_commit": "abc"}
+    fast = {**record, "options": {**record["options"], "lr": 0.2}}
+    archive = {**record, "options": {**record["options"], "data_md5": "d41d"}}
+    for earlier, words in (
+        ([fast], r"with .*--lr 0\.2 .*first, then with"),
+        ([elsewhere, archive], "with --data-md5 d41d .*first, then with"),
+        ([elsewhere], ""),
+    ):
+        (finished / "args.json").write_text(json.dumps({**record, "earlier": earlier}))
+        if words:
+            with pytest.raises(UserError, match=words):
+                add(finished, tmp_path / "results")
+            assert not (tmp_path / "results").exists()
+    folder = add(finished, tmp_path / "results")
+    (before,) = read(folder)["earlier"]
+    assert (before["workers"], before["git_commit"]) == (3, "abc")
+    (line,) = re.findall(r"^\| earlier starts \|.*$", (folder / "README.md").read_text(), re.M)
+    assert "3 (Horovod), " in line
+    assert "commit abc; " in line
+
+
+def test_a_run_whose_last_save_has_failed_is_refused(finished, tmp_path, monkeypatch):
+    """Its log is whole, its newest weights are older."""
+    monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)
+    state = checkpoint.load(finished / checkpoint.BEST)
+    manager.save(finished, {**state, "epoch": 0}, is_best=True)
+    with pytest.raises(UserError, match="weights after epoch 0, the best ones of the log are of"):
+        add(finished, tmp_path / "results")
+
+
+def test_the_flags_of_a_model_may_say_what_it_is_by_default(finished):
+    """cifar.py -a resnet is resnet20, whose recipe has --depth 20."""
+    edit(finished, arch="resnet")
+    run_options = {**parse_args([]).options(), **results.read_args(finished)["options"]}
+    found = results.summary(finished, run_options)
+    assert found["recipe"] == "resnet20"
+    assert "--depth" not in found["flags"]
+
+
+def test_a_card_names_the_archive_of_the_run(finished, tmp_path, monkeypatch):
+    """Wherever the images come from when it is published."""
+    monkeypatch.setattr(weights, "MAX_BYTES", 0)
+    md5 = "d41d8cd98f00b204e9800998ecf8427e"
+    folder = results.add(finished, tmp_path / "results", {"data_md5": md5})
+    assert "archive_md5" not in read(folder)["images"]
+    edit(finished, data_md5=md5)
+    folder = add(finished, tmp_path / "results", overwrite=True)
+    assert read(folder)["images"]["archive_md5"] == md5
+    assert f"--data-md5 {md5}" in (folder / "README.md").read_text()
 
 
 def test_a_publication_that_cannot_be_written_leaves_the_old_one(finished, tmp_path, monkeypatch):
@@ -378,6 +437,7 @@ def test_what_is_published_fits_together(folder):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"epochs": 2}, "1 of 2 epochs"), ({"val_split": 10}, "--val-split 10"),
+     ({"start_epoch": 0}, "--start-epoch 0"),
      ({"arch": "resnet", "depth": 26}, "resnet_depth_26 is no recipe")],
 )  # fmt: skip
 def test_what_is_no_whole_run_of_a_recipe_is_not_published(finished, tmp_path, changes, words):

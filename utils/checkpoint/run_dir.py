@@ -85,7 +85,7 @@ def claim_run_dir(
         with comm.local_rank_zero_first():
             if comm.is_main_process:
                 lock = _claim(folder, run, loaded, options, comm.restart_count() > 0)
-                write_args(folder / "args.json", options, comm)
+                write_args(folder / "args.json", options, comm, _goes_on_in(folder, loaded))
         yield
     finally:
         if lock is not None:
@@ -100,12 +100,7 @@ def _claim(
     restarted: bool,
 ) -> IO[str]:
     """Claim the folder and remove what a run that is replaced has left; return the lock."""
-    # Weights alone, such as published ones, are no run that could go on in their folder.
-    mine = (
-        loaded is not None
-        and not loaded.content.get("weights_alone")
-        and loaded.path.resolve().parent == folder.resolve()
-    )
+    mine = _goes_on_in(folder, loaded)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder)
@@ -140,6 +135,16 @@ def _claim(
             "name another folder with -c DIR"
         ) from error
     return lock
+
+
+def _goes_on_in(folder: Path, loaded: LoadedCheckpoint | None) -> bool:
+    """Return whether a checkpoint is one of the folder's own run."""
+    # Weights alone, such as published ones, are no run that could go on in their folder.
+    return (
+        loaded is not None
+        and not loaded.content.get("weights_alone")
+        and loaded.path.resolve().parent == folder.resolve()
+    )
 
 
 def _check_trace(path: Path) -> None:

@@ -22,14 +22,19 @@ MODEL_FLAGS = {
     "checkpoint_activations": "--checkpoint-activations",
 }
 
-# Options that change no number of a training: where files are, what is reported, and how the same
-# numbers are computed. Every other option makes another training.
+# Options that change no number of a training, rounding aside: where files are, what is reported,
+# and how the same numbers are computed. Which files of images those are is told by image_options.
 WITHOUT_EFFECT = frozenset({
     "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint", "resume",
     "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id", "local_rank",
     "trust_checkpoint", "timeout", "graph", "resident", "memory_format", "test_batch",
     "checkpoint_activations",
 })  # fmt: skip
+
+
+def image_options(dataset: str) -> tuple[str, ...]:
+    """Return the options that tell the images of one training, or their order, from another's."""
+    return ("dataset", "data_md5", *(("data",) if dataset == "folder" else ()))
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from utils.config.schema import WITHOUT_EFFECT, image_options
 from utils.distributed.comm import Comm
 from utils.files import ROOT
 from utils.launch.environment import core_count
@@ -82,9 +83,17 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_args(path: Path, options: Mapping[str, Any], comm: Comm) -> None:
-    """Write args.json: everything that is needed to run this again."""
-    record = {
+def write_args(path: Path, options: Mapping[str, Any], comm: Comm, goes_on: bool) -> None:
+    """Write args.json: everything that is needed to run this again.
+
+    Args:
+        path: The file.
+        options: The options of the run.
+        comm: The engine.
+        goes_on: Whether the file holds an earlier start of the same run. Where that was another
+            training or was trained elsewhere, it is kept under "earlier".
+    """
+    record: dict[str, Any] = {
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
         "options": options,
         "engine": comm.name,
@@ -93,4 +102,24 @@ def write_args(path: Path, options: Mapping[str, Any], comm: Comm) -> None:
         "git_commit": git_commit(),
         "machine": machine(),
     }
+    if goes_on and (earlier := _earlier_starts(path, record)):
+        record["earlier"] = earlier
     path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
+
+
+def _earlier_starts(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the starts that args.json knows, oldest first, but for those like the next one."""
+    try:
+        before = json.loads(path.read_text())
+        starts = [*before.pop("earlier", []), before]
+        pairs = zip(starts, [*starts[1:], record], strict=True)
+        return [one for one, following in pairs if _essence(one) != _essence(following)]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return []  # It is lost or damaged, which is no reason not to go on.
+
+
+def _essence(start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what makes a start another training, or says where it was trained."""
+    left_out = WITHOUT_EFFECT - {*image_options(start["options"]["dataset"])}
+    options = {k: v for k, v in start["options"].items() if k not in left_out}
+    return {**start, "options": options, "command": None}

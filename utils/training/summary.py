@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from models import model_arguments
 from utils import log
 from utils.checkpoint.format import BEST, parse, read
 from utils.checkpoint.restore import load_model
@@ -19,6 +20,7 @@ from utils.config.schema import (
     HardwareConfig,
     ModelConfig,
     TrainConfig,
+    image_options,
 )
 from utils.config.validation import warnings
 from utils.data.datasets import Dataset
@@ -104,11 +106,15 @@ def log_origin(
             "the order of the images stay"
             + ("" if options["sync_bn"] else "; batch norm, where there is any, sees other shares")
         )
-    changed = [
-        f"--{name.replace('_', '-')} {old} -> {options[name]}"
-        for name, old in loaded.content.get("options", {}).items()
-        if name in options and name not in WITHOUT_EFFECT and options[name] != old
-    ]
+    images, own = image_options(options["dataset"]), model_arguments(options["arch"])
+    changed = []
+    for name, old in loaded.content.get("options", {}).items():
+        if name not in options or (name in WITHOUT_EFFECT and name not in images):
+            continue
+        # Unset, a flag of the model is the model's default, and --start-epoch is the checkpoint's.
+        values = [own.get(name) if value is None else value for value in (old, options[name])]
+        if values[0] != values[1] and (name, options[name]) != ("start_epoch", None):
+            changed.append(f"--{name.replace('_', '-')} {old} -> {options[name]}")
     if changed:
         log.note(f"changed since the checkpoint: {', '.join(changed)}")
 
