@@ -82,6 +82,7 @@ class CheckpointManager:
             "epoch": state.epoch,
             "step": state.step,
             "step_sums": state.metric_sums,
+            "step_seconds": state.step_seconds,
             "acc": state.acc,
             "best_acc": state.best_acc,
             "best_epoch": state.best_epoch,

@@ -16,6 +16,7 @@ class TrainState:
         epoch: The epoch to train next or to continue, counted from 0.
         step: The steps of that epoch that are done.
         metric_sums: What each worker's meter has added up in them, a row each; empty for nothing.
+        step_seconds: The time that they have taken.
         acc: The last validation accuracy, in per cent.
         best_acc: The highest validation accuracy so far.
         best_epoch: The epoch of the highest one, counted from 1; 0 before the first.
@@ -24,6 +25,7 @@ class TrainState:
     epoch: int = 0
     step: int = 0
     metric_sums: list[list[float]] = field(default_factory=list)
+    step_seconds: float = 0.0
     acc: float = 0.0
     best_acc: float = 0.0
     best_epoch: int = 0
@@ -51,6 +53,7 @@ class TrainState:
                 epoch=int(content.get("epoch", 0)),
                 step=int(content.get("step", 0)),
                 metric_sums=_rows_of(content.get("step_sums", [])),
+                step_seconds=float(content.get("step_seconds", 0.0)),
                 acc=float(content.get("acc", 0.0)),
                 best_acc=float(content.get("best_acc", 0.0)),
                 best_epoch=int(content.get("best_epoch", content.get("epoch", 0))),
@@ -61,7 +64,8 @@ class TrainState:
                 "give another file"
             ) from error
         if train.start_epoch is not None:
-            found.epoch, found.step, found.metric_sums = train.start_epoch, 0, []
+            found.epoch = train.start_epoch
+            found.forget_steps()
         if found.epoch >= train.epochs:
             raise UserError(
                 f"--resume {loaded.path}: has been trained for {found.epoch} epochs and --epochs "
@@ -78,12 +82,17 @@ class TrainState:
 
     def advance(self, acc: float) -> bool:
         """Count the epoch that has just been validated; return whether it is the best so far."""
-        self.epoch, self.step, self.metric_sums = self.epoch + 1, 0, []
+        self.epoch += 1
+        self.forget_steps()
         self.acc = acc
         is_best = self.best_epoch == 0 or acc > self.best_acc
         if is_best:
             self.best_acc, self.best_epoch = acc, self.epoch
         return is_best
+
+    def forget_steps(self) -> None:
+        """Stand at the beginning of the epoch."""
+        self.step, self.metric_sums, self.step_seconds = 0, [], 0.0
 
 
 def _rows_of(sums: list[Any]) -> list[list[float]]:

@@ -77,6 +77,7 @@ class NonFinitePolicy:
         self.checkpoints.restore(content)
         self.state.step = error.step + 1
         self.state.metric_sums = content["step_sums"]
+        self.state.step_seconds = content.get("step_seconds", 0.0)
 
     def _describe(self, error: NotFinite) -> str:
         """Return in words where numbers have become useless."""

@@ -97,11 +97,12 @@ class Trainer:
         """Train, validate, log and save one epoch, or the rest of one."""
         state, steps = self.state, len(self.loop.plan.batch_slices)
         epoch = state.epoch
-        started = time.perf_counter()
+        # As if the steps that an earlier start has done had been trained just now.
+        self.epoch_started = time.perf_counter() - state.step_seconds
         rate = self.loop.plan.learning_rate(epoch, steps - 1)
         log.info(f"\nEpoch: [{epoch + 1} | {self.epochs}] LR: {rate:.6f}")
         train = self.loop.train_epoch(state, self._after_step, self.nonfinite.skip_step)
-        train_seconds = time.perf_counter() - started
+        train_seconds = self._seconds_of_epoch()
         if not math.isfinite(train.loss):
             raise NotFinite(None, steps - 1)
         if not self.sync.no_exchange:
@@ -109,14 +110,14 @@ class Trainer:
         try:
             valid = self.evaluator(self.validation, after_batch=self._after_evaluated_batch)
         except Interrupted:
-            self._save_inside_epoch(steps)
+            self._save_inside_epoch(steps, train_seconds)
             raise
         self.heartbeat.beat("saving")
         is_best = state.advance(valid.top1)
         log.info(
             f"train loss {train.loss:.4f} top1 {train.top1:.2f} | "
             f"valid loss {valid.loss:.4f} top1 {valid.top1:.2f} top5 {valid.top5:.2f} | "
-            f"{time.perf_counter() - started:.1f} s, {train.images / train_seconds:,.0f} images/s"
+            f"{self._seconds_of_epoch():.1f} s, {train.images / train_seconds:,.0f} images/s"
         )
         self.run_log.epoch(epoch + 1, rate, train, valid, train_seconds)
         self.checkpoints.save(state, is_best)
@@ -141,7 +142,7 @@ class Trainer:
         steps = len(self.loop.plan.batch_slices)
         due = self.save_every and done % self.save_every == 0 and done < steps
         if due or request != NOTHING:
-            self._save_inside_epoch(done)
+            self._save_inside_epoch(done, self._seconds_of_epoch())
         if request == STOP:
             raise Interrupted
 
@@ -150,9 +151,14 @@ class Trainer:
         if self.signals.poll() == STOP:  # A request to save is met in a moment anyway.
             raise Interrupted
 
-    def _save_inside_epoch(self, done: int) -> None:
-        """Save after ``done`` steps of the epoch."""
-        self.state.step, self.state.metric_sums = done, self.loop.meter.all_gather(self.comm)
+    def _seconds_of_epoch(self) -> float:
+        """Return the time that the epoch has taken up to now, over all starts of the run."""
+        return time.perf_counter() - self.epoch_started
+
+    def _save_inside_epoch(self, done: int, seconds: float) -> None:
+        """Save after ``done`` steps of the epoch, which have taken ``seconds``."""
+        self.state.step, self.state.step_seconds = done, seconds
+        self.state.metric_sums = self.loop.meter.all_gather(self.comm)
         try:
             self.checkpoints.save(self.state, is_best=False)
         except NotFinite as error:
