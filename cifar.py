@@ -87,10 +87,8 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         restore_training_state(loaded, model, optimizer, comm)
 
     # The run folder; rank 0 alone writes.
-    stack.enter_context(  # barriers: the others wait
-        claim_run_dir(folder, config.run, loaded, config.options(), comm)
-    )
-    about = build.checkpoint_metadata(config, dataset, memory_format, plan)
+    about = build.checkpoint_metadata(config, dataset, memory_format, plan, loaded, comm)
+    stack.enter_context(claim_run_dir(folder, config.run, loaded, about, comm))  # barriers
     checkpoints = CheckpointManager(folder, comm, model, optimizer, about)
     run_log = RunLog(folder if comm.is_main_process else None, state.epoch, config.run.tensorboard)
     summary.log_start(
@@ -98,7 +96,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         plan=plan, memory_format=memory_format, folder=folder, comm=comm,
     )  # fmt: skip
     build.log_graph_obstacles(config, splits.train.storage_device, comm)
-    summary.log_origin(loaded, state, config.options(), comm.world_size)
+    summary.log_origin(loaded, state, about)
 
     # Epochs of steps.
     loop = build.train_loop(  # all-reduces of a dry run, with three DDP workers or more

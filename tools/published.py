@@ -283,10 +283,9 @@ def _facts(result: Result) -> dict[str, str]:
         f"{who} {'none' if figure == '-' else f'{figure} %'}"
         for who, figure in zip(("authors", "bearpaw"), _published(result), strict=True)
     ]
-    earlier = "; ".join(
-        f"{start['workers']} ({start['engine']}), {_hardware(start)}, {_code(start)}"
-        for start in result.get("earlier", [])
-    )
+    # Older results do not say in which format they were computed, and had no earlier starts.
+    memory_format = result.get("memory_format")
+    earlier = "; ".join(map(_describe_start, result.get("earlier", [])))
     images = result["images"]
     return {
         "test error, last epoch": f"{last} %",
@@ -296,14 +295,28 @@ def _facts(result: Result) -> dict[str, str]:
         "training": f"{result['epochs']} epochs, {result['minutes']:.1f} minutes",
         "workers": f"{result['workers']} ({result['engine']})",
         "machine": f"{_hardware(result)}, {result['machine']['system']}",
+        **({"memory format": memory_format} if memory_format else {}),
         "code": _code(result),
         **({"earlier starts": earlier} if earlier else {}),
         "images, sha256": f"train `{images['train']}`, test `{images['test']}`",
     }
 
 
+def _describe_start(start: Result) -> str:
+    """Return where an earlier start of a run has taken place, as far as it is known."""
+    parts = [
+        f"{start['workers'] or 'unknown'} ({start['engine'] or 'unknown engine'})",
+        _hardware(start) if start["machine"] else "unknown machine",
+        start["memory_format"] or "unknown memory format",
+        _code(start),
+    ]
+    return ", ".join(parts)
+
+
 def _code(start: Result) -> str:
-    versions = ", ".join(f"{name} {found}" for name, found in start["versions"].items() if found)
+    versions = ", ".join(
+        f"{name} {found}" for name, found in (start["versions"] or {}).items() if found
+    )
     return f"commit {start['git_commit'] or 'unknown'}; {versions}"
 
 

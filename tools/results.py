@@ -44,7 +44,7 @@ COPIED = ("log.txt", "metrics.jsonl")
 _LEFT_OUT = {"dataset", "help", "version"} | WITHOUT_EFFECT
 # What a row must say, and what args.json says of the origin of a run.
 _NEEDED_OF_A_ROW = ("epoch", "valid_top1", "seconds")
-_ORIGIN = ("command", "engine", "workers", "versions", "git_commit", "machine")
+_ORIGIN = ("engine", "workers", "versions", "git_commit", "machine")
 
 
 def read_args(folder: Path) -> dict[str, Any]:
@@ -130,11 +130,7 @@ def summary(
     """
     about, rows = read_args(folder), read_rows(folder)
     name = _recipe_name(folder, options)
-    if len(rows) < options["epochs"]:
-        raise UserError(
-            f"{folder}: {len(rows)} of {options['epochs']} epochs are trained; finish the run "
-            "with --resume auto"
-        )
+    _check_rows(folder, rows, options["epochs"])
     if compared_with and options["dataset"] != "folder":
         raise UserError(f"--images {compared_with}: is for runs on -d folder; leave it out")
     if options["val_split"]:
@@ -142,25 +138,13 @@ def summary(
             f"{folder}: --val-split {options['val_split']}: its log has no test accuracy; "
             "publish a run without"
         )
-    if options["start_epoch"] is not None:
-        raise UserError(
-            f"{folder}: --start-epoch {options['start_epoch']}: it has not trained all epochs of "
-            "its log; publish a run without"
-        )
+    if missing := [key for key in ("command", *_ORIGIN) if about.get(key) is None]:
+        raise UserError(f"{folder}/args.json: lacks {missing[0]!r}; publish another run")
     recipe = load_recipes()[name]
-    # Its network is the recipe's, whether flags or the defaults of the model say so.
-    model = parse_args(recipe.flags).model
-    same = {**{key: getattr(model, key) for key in MODEL_FLAGS}, "epochs": options["epochs"]}
     starts = [*about.get("earlier", []), about]
-    ways = [_way(recipe, {**options, **start["options"], **same}) for start in starts]
-    for way in ways:
-        if way != ways[-1]:
-            raise UserError(
-                f"{folder}: was trained with {shlex.join(way) or 'its recipe alone'} first, then "
-                f"with {shlex.join(ways[-1]) or 'its recipe alone'}; publish a run that was "
-                "trained in one way"
-            )
-    origins = [_origin(folder, start) for start in starts]
+    _check_one_way(folder, recipe, starts)
+    origins = [_origin(start) for start in starts]
+    earlier = [one for one in origins if one != origins[-1]]
     return {
         "recipe": name,
         "dataset": options["dataset"],
@@ -169,28 +153,93 @@ def summary(
         "epochs": len(rows),
         **accuracies(rows),
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
-        "flags": flags_beside(recipe, {**options, **same}),
+        "flags": flags_beside(recipe, _spelled_as_in(recipe, options)),
+        "command": about["command"],
         **origins[-1],
-        "earlier": origins[:-1],
+        "earlier": [one for k, one in enumerate(earlier) if one not in earlier[:k]],
     }
 
 
-def _way(recipe: Recipe, options: Mapping[str, Any]) -> list[str]:
-    """Return the flags that tell a training of a recipe from another, archive included."""
-    md5 = options["data_md5"]
-    return [*(["--data-md5", md5] if md5 else []), *flags_beside(recipe, options)]
+def _check_rows(folder: Path, rows: Sequence[Mapping[str, Any]], epochs: int) -> None:
+    """Raise a UserError where the rows of a log are not those of all epochs."""
+    numbers = [row["epoch"] for row in rows]
+    if len(rows) < epochs and epochs not in numbers:
+        raise UserError(
+            f"{folder}: {len(rows)} of {epochs} epochs are trained; finish the run with "
+            "--resume auto"
+        )
+    if numbers != list(range(1, epochs + 1)):
+        raise UserError(
+            f"{folder}/metrics.jsonl: has not each of {epochs} epochs once, as when a run has "
+            "begun in another folder; publish a run with its whole log"
+        )
 
 
-def _origin(folder: Path, start: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where a start of a run has taken place.
+def _check_one_way(folder: Path, recipe: Recipe, starts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise a UserError where the starts of a run, oldest first, are not of one training."""
+    ways = []
+    for number, start in enumerate(starts):
+        options = {**parse_args([]).options(), **start["options"]}
+        if not start["options"]:
+            raise UserError(
+                f"{folder}: has begun with the weights of {start.get('file')}; publish a run that "
+                "was trained from scratch"
+            )
+        if options["start_epoch"] is not None and (number or options["start_epoch"]):
+            raise UserError(
+                f"{folder}: --start-epoch {options['start_epoch']}: its epochs are not those of "
+                "one training; publish a run without"
+            )
+        options = _spelled_as_in(recipe, options)
+        del options["epochs"]  # More of them make no other training.
+        words = flags_beside(recipe, options)
+        if options["batch_per_worker"] is not None:
+            words += ["-n", str(start.get("workers"))]
+        ways.append(shlex.join(words) or "its recipe alone")
+    for way, start in zip(ways, starts, strict=True):
+        if way != ways[-1]:
+            raise UserError(
+                f"{folder}: was trained with {way} first, then with {ways[-1]}; publish a run that "
+                "was trained in one way"
+            )
+        if not _same_images(start, starts[-1]):
+            raise UserError(
+                f"{folder}: was trained on other images first, or on the same in another order; "
+                "publish a run that was trained in one way"
+            )
 
-    Raises:
-        UserError: args.json does not say so.
+
+def _same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+    """Return whether two starts had the same images in the same order, as far as they say so."""
+    if one.get("images") and other.get("images"):
+        return bool(one["images"] == other["images"])
+    md5 = [str(start["options"].get("data_md5") or "").lower() for start in (one, other)]
+    return md5[0] == md5[1]
+
+
+def _spelled_as_in(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return options in which flags of the model that mean the recipe's are spelled as there.
+
+    A flag that is left out means the model's default.
     """
-    if missing := [key for key in _ORIGIN if start.get(key) is None]:
-        raise UserError(f"{folder}/args.json: lacks {missing[0]!r}; publish another run")
-    machine = {key: value for key, value in start["machine"].items() if key != "host"}
-    return {**{key: start[key] for key in _ORIGIN}, "machine": machine}
+    from models import model_arguments
+
+    usual = parse_args(recipe.flags).options()
+
+    def meaning(said: Mapping[str, Any], name: str) -> Any:
+        return model_arguments(said["arch"]).get(name) if said[name] is None else said[name]
+
+    same = [name for name in MODEL_FLAGS if meaning(options, name) == meaning(usual, name)]
+    return {**options, **{name: usual[name] for name in same}, "start_epoch": None}
+
+
+def _origin(start: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where a start of a run has taken place; older versions did not say all of it."""
+    machine = start.get("machine")
+    if machine is not None:
+        machine = {key: value for key, value in machine.items() if key != "host"}
+    known = {key: start.get(key) for key in (*_ORIGIN, "memory_format")}
+    return {**known, "machine": machine}
 
 
 def _recipe_name(folder: Path, options: Mapping[str, Any]) -> str:

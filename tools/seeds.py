@@ -28,7 +28,7 @@ from tools.published import mean_and_std
 from tools.results import accuracies, flags_beside, read_args, read_rows
 from utils import log
 from utils.config.args import parse_args
-from utils.config.schema import Config, image_options
+from utils.config.schema import Config
 from utils.errors import BAD_INPUT, FAILED, RUN_AGAIN, UserError, command
 from utils.files import ROOT, make_output
 from utils.launch.commands import script_arguments
@@ -139,8 +139,8 @@ def unfinished(runs: Sequence[Run], job: Job, config: Config) -> list[Run]:
 
 def _training(job: Job, options: Mapping[str, Any]) -> str:
     """Return the flags that tell a training from another, but for the seed, as a text."""
-    names = image_options(options.get("dataset", ""))
-    values = {f"--{name.replace('_', '-')}": options.get(name) for name in names}
+    images = ["dataset", "data_md5", *(["data"] if options.get("dataset") == "folder" else [])]
+    values = {f"--{name.replace('_', '-')}": options.get(name) for name in images}
     words = [word for flag, value in values.items() if value for word in (flag, str(value))]
     return shlex.join([*words, *flags_beside(job.recipe, {**options, "seed": 0})])
 

@@ -80,17 +80,11 @@ def choose_weights(
             score so differently on these images that the run had others.
     """
     scorer = Scorer(config, dataset)
+    sources = {name: _source(run, name, epoch) for name, (_, epoch) in logged.items()}
     for name, (accuracy, epoch) in logged.items():
-        path = _source(run, name)
-        if path is None:
+        if (source := sources[name]) is None:
             continue
-        content = load(path, flag="RUN_FOLDER")
-        if path.suffix != ".safetensors" and content.get("epoch") != epoch:
-            raise UserError(
-                f"{path}: holds the weights after epoch {content.get('epoch')}, the {name} ones of "
-                f"the log are of epoch {epoch}; finish the run with --resume auto, or remove the "
-                "file to publish without them"
-            )
+        path, content = source
         about = {
             "classes": list(dataset.classes),
             "mean": list(dataset.mean),
@@ -129,11 +123,23 @@ def choose_weights(
     return None
 
 
-def _source(run: Path, name: str) -> Path | None:
-    """Return the file of a run folder with the "best" or the "last" weights, if there is one."""
-    for source in _SOURCES[name]:
-        if (run / source).exists():
-            return run / source
+def _source(run: Path, name: str, epoch: int) -> tuple[Path, dict[str, Any]] | None:
+    """Return a run folder's file with the "best" or the "last" weights, and its content, if any.
+
+    Raises:
+        UserError: It is damaged, or a checkpoint of another epoch.
+    """
+    for path in (run / source for source in _SOURCES[name]):
+        if not path.exists():
+            continue
+        content = load(path, flag="RUN_FOLDER")
+        if path.suffix != ".safetensors" and content.get("epoch") != epoch:
+            raise UserError(
+                f"{path}: holds the weights after epoch {content.get('epoch')}, the {name} ones of "
+                f"the log are of epoch {epoch}; finish the run with --resume auto, or remove the "
+                "file to publish without them"
+            )
+        return path, content
     log.note(f"{run}: has no {_SOURCES[name][0]}, whose weights could be scored and kept")
     return None
 

@@ -290,36 +290,73 @@ def test_a_run_folder_that_lacks_something_is_refused(finished, tmp_path):
 
 
 def test_a_run_that_went_on_in_another_way_is_refused(finished, tmp_path):
-    """One that went on elsewhere is not: its card says where it has been before."""
     record = json.loads((finished / "args.json").read_text())
-    elsewhere = {**record, "engine": "Horovod", "workers": 3, "git_commit": "abc"}
-    fast = {**record, "options": {**record["options"], "lr": 0.2}}
-    archive = {**record, "options": {**record["options"], "data_md5": "d41d"}}
+
+    def start(changes=None, **more):
+        return {**record, "options": {**record["options"], **(changes or {})}, **more}
+
+    begun = {"options": {}, "file": "weights.pth"}
+    md5 = start({"data_md5": "d41d"}, images=None)
     for earlier, words in (
-        ([fast], r"with .*--lr 0\.2 .*first, then with"),
-        ([elsewhere, archive], "with --data-md5 d41d .*first, then with"),
-        ([elsewhere], ""),
+        ([start({"lr": 0.2})], r"with .*--lr 0\.2 .*first, then with"),
+        ([start({"drop": 0.3}), start()], r"with --drop 0\.3 .*first, then with"),
+        ([start(images=[1, 2, 3, 4]), start(git_commit="abc")], "other images first"),
+        ([md5], "other images first"),
+        ([start({"batch_per_worker": 10}, workers=2)], r"--batch-per-worker 10 .*-n 2 first"),
+        ([start(), start({"start_epoch": 0})], "--start-epoch 0"),
+        ([start({"start_epoch": 3})], "--start-epoch 3"),
+        ([begun, start(workers=3)], r"has begun with the weights of weights\.pth"),
     ):
         (finished / "args.json").write_text(json.dumps({**record, "earlier": earlier}))
-        if words:
-            with pytest.raises(UserError, match=words):
-                add(finished, tmp_path / "results")
-            assert not (tmp_path / "results").exists()
-    folder = add(finished, tmp_path / "results")
-    (before,) = read(folder)["earlier"]
-    assert (before["workers"], before["git_commit"]) == (3, "abc")
+        with pytest.raises(UserError, match=words):
+            add(finished, tmp_path / "results")
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_card_says_where_a_run_has_been_before(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(weights, "MAX_BYTES", 0)
+    record = json.loads((finished / "args.json").read_text())
+    # It got more epochs, or began as bearpaw's scripts do: that is no news.
+    for changes in ({"epochs": 9, "resume": "auto"}, {"start_epoch": 0}):
+        earlier = {**record, "options": {**record["options"], **changes}}
+        (finished / "args.json").write_text(json.dumps({**record, "earlier": [earlier]}))
+        folder = add(finished, tmp_path / "results", overwrite=True)
+        assert read(folder)["earlier"] == []
+        text = (folder / "README.md").read_text()
+        assert "earlier starts" not in text
+        assert f"| memory format | {record['memory_format']} |" in text
+    elsewhere = {**record, "engine": "Horovod", "workers": 3, "git_commit": "abc"}
+    unknown = {"options": record["options"], "workers": 2}  # as an older version has left it
+    earlier = [elsewhere, unknown]
+    (finished / "args.json").write_text(json.dumps({**record, "earlier": earlier}))
+    folder = add(finished, tmp_path / "results", overwrite=True)
+    assert [one["workers"] for one in read(folder)["earlier"]] == [3, 2]
     (line,) = re.findall(r"^\| earlier starts \|.*$", (folder / "README.md").read_text(), re.M)
-    assert "3 (Horovod), " in line
+    assert "| 3 (Horovod), " in line
     assert "commit abc; " in line
+    assert "; 2 (unknown engine), unknown machine, unknown memory format, commit unknown" in line
 
 
-def test_a_run_whose_last_save_has_failed_is_refused(finished, tmp_path, monkeypatch):
-    """Its log is whole, its newest weights are older."""
+@pytest.mark.parametrize("name", [checkpoint.BEST, checkpoint.LATEST])
+def test_a_run_whose_last_save_has_failed_is_refused(finished, tmp_path, monkeypatch, name):
+    """Its log is whole, the newest weights are older than the last row or the best one."""
     monkeypatch.setattr(weights, "MAX_ROUNDING_CHANGE", 100)
-    state = checkpoint.load(finished / checkpoint.BEST)
-    manager.save(finished, {**state, "epoch": 0}, is_best=True)
-    with pytest.raises(UserError, match="weights after epoch 0, the best ones of the log are of"):
+    state = checkpoint.load(finished / name)
+    manager.save(tmp_path, {**state, "epoch": 0}, is_best=False)
+    shutil.copy(tmp_path / checkpoint.LATEST, finished / name)
+    with pytest.raises(UserError, match=f"{name}: holds the weights after epoch 0, the "):
         add(finished, tmp_path / "results")
+
+
+def test_a_log_that_lacks_epochs_is_refused(finished, tmp_path):
+    """As of a run that has begun in another folder, and that --resume auto would not go on with."""
+    edit(finished, epochs=2)
+    row = json.loads((finished / "metrics.jsonl").read_text())
+    for epochs in ([2], [2, 2], [1, 2, 2]):
+        lines = [json.dumps({**row, "epoch": epoch}) + "\n" for epoch in epochs]
+        (finished / "metrics.jsonl").write_text("".join(lines))
+        with pytest.raises(UserError, match="has not each of 2 epochs once"):
+            add(finished, tmp_path / "results")
 
 
 def test_the_flags_of_a_model_may_say_what_it_is_by_default(finished):
@@ -437,7 +474,7 @@ def test_what_is_published_fits_together(folder):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [({"epochs": 2}, "1 of 2 epochs"), ({"val_split": 10}, "--val-split 10"),
-     ({"start_epoch": 0}, "--start-epoch 0"),
+     ({"start_epoch": 1}, "--start-epoch 1"),
      ({"arch": "resnet", "depth": 26}, "resnet_depth_26 is no recipe")],
 )  # fmt: skip
 def test_what_is_no_whole_run_of_a_recipe_is_not_published(finished, tmp_path, changes, words):

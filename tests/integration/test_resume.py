@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
@@ -95,6 +96,31 @@ def test_a_run_goes_on_inside_an_epoch_with_other_workers_of_another_engine(
     weights = [checkpoint.load(f / checkpoint.LATEST)["state_dict"] for f in (alone, folder)]
     for name, tensor in weights[0].items():
         assert (tensor - weights[1][name]).abs().max() < 1e-9, name
+
+
+def test_a_run_remembers_what_it_was_trained_with(train, tmp_path):
+    """Its checkpoints do, whatever becomes of args.json, and forget what is not in the weights."""
+    folder, args = tmp_path / "run", tmp_path / "run" / "args.json"
+
+    def go_on(*flags, resume="auto"):
+        result = train(folder, "alexnet", "serial", 1, *flags, "--resume", resume)
+        assert result.returncode == 0, result.stderr
+        rates = [one["options"]["lr"] for one in json.loads(args.read_text()).get("earlier", [])]
+        return result.stdout, rates
+
+    assert go_on("--epochs", "1")[1] == []
+    shutil.copy(folder / checkpoint.LATEST, folder / "first.pth.tar")
+    text, rates = go_on("--lr", "0.01")
+    assert rates == [0.02]
+    assert "note: changed since the checkpoint: --epochs 1 -> 2, --lr 0.02 -> 0.01\n" in text
+    args.write_text("{")
+    assert go_on("--lr", "0.01", "--epochs", "3")[1] == [0.02, 0.01]  # the same, to two epochs
+    assert go_on("--epochs", "2", resume=folder / "first.pth.tar")[1] == [0.02]  # to one epoch
+    args.unlink()
+    args.mkdir()
+    result = train(folder, "alexnet", "serial", 1, "--epochs", "3", "--resume", "auto")
+    assert result.returncode == 2
+    assert f"error: --checkpoint {folder}: cannot be written to (Is a dir" in result.stderr
 
 
 def test_replicas_that_come_apart_are_noticed(run, tmp_path):

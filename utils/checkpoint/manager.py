@@ -24,7 +24,6 @@ from utils.checkpoint.train_state import TrainState
 from utils.distributed.comm import Comm
 from utils.errors import NotFinite, reason_of
 from utils.files import replace_by_link, write_atomically
-from utils.runtime.provenance import versions
 
 
 class CheckpointManager:
@@ -35,7 +34,7 @@ class CheckpointManager:
         comm: The engine.
         model: The raw network.
         optimizer: The optimizer as ``comm.prepare`` returned it.
-        about: What does not change during a run: architecture, data set, options.
+        about: What does not change from its start to its end: architecture, data set, options.
 
     Attributes:
         path: The newest checkpoint.
@@ -56,7 +55,7 @@ class CheckpointManager:
         self.comm = comm
         self.model = model
         self.optimizer = optimizer
-        self.about = {"format": FORMAT, **about, "workers": comm.world_size, "versions": versions()}
+        self.about = {"format": FORMAT, **about}
         self.failed = False
 
     def save(self, state: TrainState, is_best: bool) -> None:

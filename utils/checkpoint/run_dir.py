@@ -64,7 +64,7 @@ def claim_run_dir(
     folder: Path,
     run: RunConfig,
     loaded: LoadedCheckpoint | None,
-    options: Mapping[str, Any],
+    about: Mapping[str, Any],
     comm: Comm,
 ) -> Iterator[None]:
     """Make the run folder, or see that an existing one may be had; inside, it is this run's alone.
@@ -73,7 +73,7 @@ def claim_run_dir(
         folder: The folder.
         run: Says whether a run that is there may be replaced.
         loaded: The checkpoint that this run continues.
-        options: The options of this run, for args.json.
+        about: What every checkpoint of the run says of it, for args.json.
         comm: The engine; rank 0 claims and writes, the others learn whether it could.
 
     Raises:
@@ -84,8 +84,7 @@ def claim_run_dir(
     try:
         with comm.local_rank_zero_first():
             if comm.is_main_process:
-                lock = _claim(folder, run, loaded, options, comm.restart_count() > 0)
-                write_args(folder / "args.json", options, comm, _goes_on_in(folder, loaded))
+                lock = _claim(folder, run, loaded, about, comm.restart_count() > 0)
         yield
     finally:
         if lock is not None:
@@ -96,11 +95,20 @@ def _claim(
     folder: Path,
     run: RunConfig,
     loaded: LoadedCheckpoint | None,
-    options: Mapping[str, Any],
+    about: Mapping[str, Any],
     restarted: bool,
 ) -> IO[str]:
-    """Claim the folder and remove what a run that is replaced has left; return the lock."""
-    mine = _goes_on_in(folder, loaded)
+    """Claim the folder, remove what a run that is replaced has left, and write args.json.
+
+    Returns:
+        The lock.
+    """
+    # Weights alone, such as published ones, are no run that could go on in their folder.
+    mine = (
+        loaded is not None
+        and not loaded.content.get("weights_alone")
+        and loaded.path.resolve().parent == folder.resolve()
+    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder)
@@ -111,7 +119,7 @@ def _claim(
         begun = loaded is None and (
             # It was killed before it saved anything: a log without rows is all that there is.
             (run.resume == "auto" and _has_no_rows(folder, found))
-            or (restarted and _was_begun_with(folder, options))
+            or (restarted and _was_begun_with(folder, about["options"]))
         )
         if found and not mine and not begun and not run.overwrite:
             unlock_folder(lock)
@@ -124,6 +132,7 @@ def _claim(
             (folder / name).unlink()
         if mine and loaded and loaded.path.name == PREVIOUS:
             promote_previous(folder)
+        write_args(folder / "args.json", about)
     except FolderInUse as error:
         raise UserError(
             f"--checkpoint {folder}: {error} is training there; wait for its end, or name another "
@@ -135,16 +144,6 @@ def _claim(
             "name another folder with -c DIR"
         ) from error
     return lock
-
-
-def _goes_on_in(folder: Path, loaded: LoadedCheckpoint | None) -> bool:
-    """Return whether a checkpoint is one of the folder's own run."""
-    # Weights alone, such as published ones, are no run that could go on in their folder.
-    return (
-        loaded is not None
-        and not loaded.content.get("weights_alone")
-        and loaded.path.resolve().parent == folder.resolve()
-    )
 
 
 def _check_trace(path: Path) -> None:

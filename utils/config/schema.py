@@ -23,18 +23,13 @@ MODEL_FLAGS = {
 }
 
 # Options that change no number of a training, rounding aside: where files are, what is reported,
-# and how the same numbers are computed. Which files of images those are is told by image_options.
+# and how the same numbers are computed. Which images there are is told by Dataset.checksums.
 WITHOUT_EFFECT = frozenset({
     "data", "data_url", "data_archive", "data_md5", "workers", "checkpoint", "resume",
     "save_every", "overwrite", "trace", "tensorboard", "check_replicas", "gpu_id", "local_rank",
     "trust_checkpoint", "timeout", "graph", "resident", "memory_format", "test_batch",
     "checkpoint_activations",
 })  # fmt: skip
-
-
-def image_options(dataset: str) -> tuple[str, ...]:
-    """Return the options that tell the images of one training, or their order, from another's."""
-    return ("dataset", "data_md5", *(("data",) if dataset == "folder" else ()))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hashlib
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +53,19 @@ class Dataset:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
 
+    @cached_property
+    def checksums(self) -> list[int]:
+        """CRC-32 of the training images and labels and of the test images and labels, as ordered.
+
+        Two trainings that have the same ones, and the same seed, draw the same batches.
+        """
+        arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
+        return [zlib.crc32(np.ascontiguousarray(array).data) for array in arrays]
+
     def fingerprint(self) -> dict[str, object]:
         """Return a named digest of the contents, which all ranks must have in common."""
-        arrays = (self.train_images, self.train_labels, self.test_images, self.test_labels)
-        sums = [(array.shape, zlib.crc32(np.ascontiguousarray(array).data)) for array in arrays]
-        return {"set of images": (sums, self.classes, self.mean, self.std)}
+        shapes = self.train_images.shape, self.test_images.shape
+        return {"set of images": (self.checksums, shapes, self.classes, self.mean, self.std)}
 
     def content_digests(self) -> dict[str, str]:
         """Return a SHA-256 each of the training and of the test images with their labels.

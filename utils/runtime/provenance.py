@@ -13,11 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.config.schema import WITHOUT_EFFECT, image_options
+from utils.config.schema import WITHOUT_EFFECT
 from utils.distributed.comm import Comm
-from utils.files import ROOT
+from utils.files import ROOT, write_text
 from utils.launch.environment import core_count
 from utils.version import VERSION
+
+# What checkpoints and args.json say of a start of a run: how it trains, on which images, and where.
+STARTS = (
+    "options", "images", "memory_format", "engine", "workers", "versions", "git_commit", "machine",
+)  # fmt: skip
 
 
 def code_fingerprint(root: Path = ROOT) -> dict[str, object]:
@@ -64,7 +69,6 @@ def machine() -> dict[str, Any]:
     """Return what the run computes on."""
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     return {
-        "host": platform.node(),
         "system": platform.platform(),
         "processor": processor(),
         "cores": core_count(),
@@ -83,43 +87,79 @@ def processor() -> str:
     return names[0] if names else platform.processor()
 
 
-def write_args(path: Path, options: Mapping[str, Any], comm: Comm, goes_on: bool) -> None:
-    """Write args.json: everything that is needed to run this again.
+def origin(comm: Comm) -> dict[str, Any]:
+    """Return where and by what a start of a run is trained.
 
     Args:
-        path: The file.
-        options: The options of the run.
-        comm: The engine.
-        goes_on: Whether the file holds an earlier start of the same run. Where that was another
-            training or was trained elsewhere, it is kept under "earlier".
+        comm: The engine. Rank 0 alone, which writes the files, asks for the commit.
     """
-    record: dict[str, Any] = {
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-        "options": options,
+    return {
         "engine": comm.name,
         "workers": comm.world_size,
         "versions": versions(),
-        "git_commit": git_commit(),
+        "git_commit": git_commit() if comm.is_main_process else "",
         "machine": machine(),
     }
-    if goes_on and (earlier := _earlier_starts(path, record)):
-        record["earlier"] = earlier
-    path.write_text(json.dumps(record, indent=2, sort_keys=True) + "\n")
 
 
-def _earlier_starts(path: Path, record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the starts that args.json knows, oldest first, but for those like the next one."""
-    try:
-        before = json.loads(path.read_text())
-        starts = [*before.pop("earlier", []), before]
-        pairs = zip(starts, [*starts[1:], record], strict=True)
-        return [one for one, following in pairs if _essence(one) != _essence(following)]
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):
-        return []  # It is lost or damaged, which is no reason not to go on.
+def earlier_starts(
+    content: Mapping[str, Any] | None, file: str, start: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Return the starts of a run that have led to a checkpoint and differ from the present one.
+
+    The checkpoint is what knows them: a start that trained nothing has left none, and one whose
+    epochs are trained again is not in the one that the run goes back to.
+
+    Args:
+        content: The checkpoint that the run goes on from, if any.
+        file: Its name.
+        start: What the checkpoints of this run will say of the present start.
+
+    Returns:
+        What the checkpoints of each have said, oldest first, by the names in STARTS; each once. A
+        file that is no checkpoint of a run counts as a start without options, by its name.
+    """
+    if content is None:
+        return []
+    known = content.get("earlier")
+    starts = [one for one in known if isinstance(one, dict)] if isinstance(known, list) else []
+    if isinstance(content.get("options"), dict):
+        starts.append({name: content.get(name) for name in STARTS})
+    else:
+        starts.append({"options": {}, "file": file})
+    # A start at another epoch than the checkpoint's is no continuation.
+    seen = [_essence(start)] if start["options"].get("start_epoch") is None else []
+    found = []
+    for one in starts:
+        essence = _essence(one)
+        if essence not in seen:
+            seen.append(essence)
+            found.append(one)
+    return found
 
 
 def _essence(start: Mapping[str, Any]) -> dict[str, Any]:
     """Return what makes a start another training, or says where it was trained."""
-    left_out = WITHOUT_EFFECT - {*image_options(start["options"]["dataset"])}
-    options = {k: v for k, v in start["options"].items() if k not in left_out}
-    return {**start, "options": options, "command": None}
+    options = start.get("options")
+    values = options.items() if isinstance(options, dict) else ()
+    kept = {name: value for name, value in values if name not in WITHOUT_EFFECT}
+    return {**{name: start.get(name) for name in STARTS}, "options": kept}
+
+
+def write_args(path: Path, about: Mapping[str, Any]) -> None:
+    """Write args.json: everything that is needed to run this again.
+
+    Args:
+        path: The file.
+        about: What every checkpoint of the run says of it.
+
+    Raises:
+        OSError: It cannot be written; what was there stays.
+    """
+    record = {
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        **{name: about[name] for name in STARTS},
+        "machine": {"host": platform.node(), **about["machine"]},
+        **({"earlier": about["earlier"]} if about["earlier"] else {}),
+    }
+    write_text(path, json.dumps(record, indent=2, sort_keys=True, default=repr) + "\n")

@@ -23,6 +23,7 @@ from utils.data.image_set import ImageSet, Splits, fits_on_device
 from utils.distributed.comm import Comm
 from utils.distributed.sync_batchnorm import convert_sync_batchnorm
 from utils.errors import UserError
+from utils.runtime import provenance
 from utils.runtime.estimate import format_bytes, node_memory
 from utils.runtime.malloc import retain_freed_memory
 from utils.runtime.memory_format import FORMATS, apply_memory_format, choose_memory_format
@@ -299,11 +300,16 @@ def train_loop(
 
 
 def checkpoint_metadata(
-    config: Config, dataset: Dataset, memory_format: str, plan: EpochPlan
+    config: Config,
+    dataset: Dataset,
+    memory_format: str,
+    plan: EpochPlan,
+    loaded: LoadedCheckpoint | None,
+    comm: Comm,
 ) -> dict[str, Any]:
     """Return what every checkpoint of the run says of it."""
     arch, arguments = config.model.arch, config.model.arguments()
-    return {
+    about = {
         "arch": arch,
         "arch_arguments": {**model_arguments(arch), **arguments},
         "dataset": config.data.dataset,
@@ -313,4 +319,8 @@ def checkpoint_metadata(
         "memory_format": memory_format,
         "shape": plan.fingerprint(config.data.dataset),
         "options": config.options(),
+        "images": dataset.checksums,
+        **provenance.origin(comm),
     }
+    content, file = (loaded.content, loaded.path.name) if loaded else (None, "")
+    return {**about, "earlier": provenance.earlier_starts(content, file, about)}

@@ -20,7 +20,6 @@ from utils.config.schema import (
     HardwareConfig,
     ModelConfig,
     TrainConfig,
-    image_options,
 )
 from utils.config.validation import warnings
 from utils.data.datasets import Dataset
@@ -86,10 +85,15 @@ def _device_name(device: torch.device) -> str:
 def log_origin(
     loaded: LoadedCheckpoint | None,
     state: TrainState,
-    options: Mapping[str, Any],
-    world_size: int,
+    about: Mapping[str, Any],
 ) -> None:
-    """Print from what training starts, and what has changed since the checkpoint."""
+    """Print from what training starts, and what has changed since the checkpoint.
+
+    Args:
+        loaded: The checkpoint that the run goes on from, if any.
+        state: How far it has come.
+        about: What every checkpoint of the run says of it.
+    """
     if loaded is None:
         log.info("starting from scratch")
         return
@@ -99,24 +103,37 @@ def log_origin(
     if not loaded.content.get("optimizer"):
         text += " (it has no optimizer state: momentum starts at zero)"
     log.info(text)
-    before = loaded.content.get("workers", world_size)
-    if before != world_size:
-        log.note(
-            f"{before} worker(s) have trained so far, now {world_size}: the global batch and "
-            "the order of the images stay"
-            + ("" if options["sync_bn"] else "; batch norm, where there is any, sees other shares")
+    for change in _changes(loaded.content, about):
+        log.note(change)
+
+
+def _changes(before: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
+    """Return in words what is otherwise than the start that has written a checkpoint says."""
+    options, workers, found = about["options"], about["workers"], []
+    if before.get("workers", workers) != workers:
+        what = "the order of the images stays, the global batch is another (--batch-per-worker)"
+        if options["batch_per_worker"] is None:
+            what = "the global batch and the order of the images stay"
+        if not options["sync_bn"]:
+            what += "; batch norm, where there is any, sees other shares"
+        found.append(f"{before['workers']} worker(s) have trained so far, now {workers}: {what}")
+    if before.get("images", about["images"]) != about["images"]:
+        found.append(
+            "these are other images than so far, or the same in another order: from here on other "
+            "batches are drawn"
         )
-    images, own = image_options(options["dataset"]), model_arguments(options["arch"])
+    own = model_arguments(options["arch"])
     changed = []
-    for name, old in loaded.content.get("options", {}).items():
-        if name not in options or (name in WITHOUT_EFFECT and name not in images):
+    for name, old in before.get("options", {}).items():
+        if name not in options or name in WITHOUT_EFFECT:
             continue
         # Unset, a flag of the model is the model's default, and --start-epoch is the checkpoint's.
         values = [own.get(name) if value is None else value for value in (old, options[name])]
         if values[0] != values[1] and (name, options[name]) != ("start_epoch", None):
             changed.append(f"--{name.replace('_', '-')} {old} -> {options[name]}")
     if changed:
-        log.note(f"changed since the checkpoint: {', '.join(changed)}")
+        found.append(f"changed since the checkpoint: {', '.join(changed)}")
+    return found
 
 
 def log_end(state: TrainState, evaluator: Evaluator, splits: Splits, folder: Path) -> None:
