@@ -283,7 +283,7 @@ def _facts(result: Result) -> dict[str, str]:
         f"{who} {'none' if figure == '-' else f'{figure} %'}"
         for who, figure in zip(("authors", "bearpaw"), _published(result), strict=True)
     ]
-    # Older results do not say in which format they were computed, and had no earlier starts.
+    # Older results do not say in which format they were computed, or how they were continued.
     memory_format = result.get("memory_format")
     earlier = "; ".join(map(_describe_start, result.get("earlier", [])))
     images = result["images"]

@@ -193,7 +193,7 @@ def _check_one_way(folder: Path, recipe: Recipe, starts: Sequence[Mapping[str, A
         options = _spelled_as_in(recipe, options)
         del options["epochs"]  # More of them make no other training.
         words = flags_beside(recipe, options)
-        if options["batch_per_worker"] is not None:
+        if options["batch_per_worker"] is not None or options["adasum"]:
             words += ["-n", str(start.get("workers"))]
         ways.append(shlex.join(words) or "its recipe alone")
     for way, start in zip(ways, starts, strict=True):
@@ -213,8 +213,11 @@ def _same_images(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Return whether two starts had the same images in the same order, as far as they say so."""
     if one.get("images") and other.get("images"):
         return bool(one["images"] == other["images"])
-    md5 = [str(start["options"].get("data_md5") or "").lower() for start in (one, other)]
-    return md5[0] == md5[1]
+    names = [
+        (start["options"].get("dataset"), str(start["options"].get("data_md5") or "").lower())
+        for start in (one, other)
+    ]
+    return names[0] == names[1]
 
 
 def _spelled_as_in(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,12 +225,15 @@ def _spelled_as_in(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]
 
     A flag that is left out means the model's default.
     """
-    from models import model_arguments
+    from models import ModelError, model_arguments
 
     usual = parse_args(recipe.flags).options()
 
     def meaning(said: Mapping[str, Any], name: str) -> Any:
-        return model_arguments(said["arch"]).get(name) if said[name] is None else said[name]
+        try:
+            return model_arguments(said["arch"]).get(name) if said[name] is None else said[name]
+        except ModelError:  # No recipe has this network.
+            return None
 
     same = [name for name in MODEL_FLAGS if meaning(options, name) == meaning(usual, name)]
     return {**options, **{name: usual[name] for name in same}, "start_epoch": None}
@@ -236,7 +242,7 @@ def _spelled_as_in(recipe: Recipe, options: Mapping[str, Any]) -> dict[str, Any]
 def _origin(start: Mapping[str, Any]) -> dict[str, Any]:
     """Return where a start of a run has taken place; older versions did not say all of it."""
     machine = start.get("machine")
-    if machine is not None:
+    if isinstance(machine, dict):
         machine = {key: value for key, value in machine.items() if key != "host"}
     known = {key: start.get(key) for key in (*_ORIGIN, "memory_format")}
     return {**known, "machine": machine}

@@ -121,17 +121,19 @@ def unfinished(runs: Sequence[Run], job: Job, config: Config) -> list[Run]:
     wanted = _training(job, config.options())
     for run in runs:
         try:
-            options = read_args(run.folder)["options"]
+            about = read_args(run.folder)
         except UserError:  # There is none, or it is damaged: that is for --resume auto to judge.
             left.append(run)
             continue
-        found = _training(job, options)
-        if (options.get("seed"), found) != (run.seed, wanted):
-            raise UserError(
-                f"--seeds: {run.folder} was trained with --seed {options.get('seed')} {found}, not "
-                f"with --seed {run.seed} {wanted}; name another folder with -- -c DIR, or remove "
-                "this one"
-            )
+        for start in [*about.get("earlier", []), about]:
+            options = {**start["options"], "epochs": about["options"].get("epochs")}
+            found = _training(job, options)
+            if (options.get("seed"), found) != (run.seed, wanted):
+                raise UserError(
+                    f"--seeds: {run.folder} was trained with --seed {options.get('seed')} {found}, "
+                    f"not with --seed {run.seed} {wanted}; name another folder with -- -c DIR, or "
+                    "remove this one"
+                )
         if len(read_rows(run.folder)) < config.train.epochs:
             left.append(run)
     return left

@@ -136,8 +136,8 @@ def _source(run: Path, name: str, epoch: int) -> tuple[Path, dict[str, Any]] | N
         if path.suffix != ".safetensors" and content.get("epoch") != epoch:
             raise UserError(
                 f"{path}: holds the weights after epoch {content.get('epoch')}, the {name} ones of "
-                f"the log are of epoch {epoch}; finish the run with --resume auto, or remove the "
-                "file to publish without them"
+                f"the log are of epoch {epoch}; continue the run with --resume auto if its last "
+                "save has failed, or remove the file to publish without it"
             )
         return path, content
     log.note(f"{run}: has no {_SOURCES[name][0]}, whose weights could be scored and kept")

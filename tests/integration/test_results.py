@@ -302,6 +302,8 @@ def test_a_run_that_went_on_in_another_way_is_refused(finished, tmp_path):
         ([start({"drop": 0.3}), start()], r"with --drop 0\.3 .*first, then with"),
         ([start(images=[1, 2, 3, 4]), start(git_commit="abc")], "other images first"),
         ([md5], "other images first"),
+        ([start({"dataset": "cifar10"}, images=None)], "other images first"),
+        ([start({"adasum": True}, workers=3), start({"adasum": True})], "--adasum .*-n 3 first"),
         ([start({"batch_per_worker": 10}, workers=2)], r"--batch-per-worker 10 .*-n 2 first"),
         ([start(), start({"start_epoch": 0})], "--start-epoch 0"),
         ([start({"start_epoch": 3})], "--start-epoch 3"),

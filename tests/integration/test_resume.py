@@ -121,6 +121,7 @@ def test_a_run_remembers_what_it_was_trained_with(train, tmp_path):
     result = train(folder, "alexnet", "serial", 1, "--epochs", "3", "--resume", "auto")
     assert result.returncode == 2
     assert f"error: --checkpoint {folder}: cannot be written to (Is a dir" in result.stderr
+    assert not (folder / ".lock").exists()
 
 
 def test_replicas_that_come_apart_are_noticed(run, tmp_path):

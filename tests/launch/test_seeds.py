@@ -318,6 +318,18 @@ def test_a_folder_of_another_training_is_refused(tmp_path):
                 seeds.unfinished([run], found, config)
         else:
             assert seeds.unfinished([run], found, config) == [run]
+    whole = {"options": {**config.options(), "seed": 1}}
+    for earlier, words in (
+        ({"options": {**whole["options"], "epochs": 1}}, None),  # It got more.
+        ({"options": {**whole["options"], "lr": 0.3}}, "--lr 0.3"),
+        ({"options": {}, "file": "best.safetensors"}, "--seed None"),
+    ):
+        (tmp_path / "args.json").write_text(json.dumps({**whole, "earlier": [earlier]}))
+        if words:
+            with pytest.raises(UserError, match=words):
+                seeds.unfinished([run], found, config)
+        else:
+            assert seeds.unfinished([run], found, config) == [run]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}"])

@@ -166,11 +166,12 @@ def with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:
     return {**state, "param_groups": groups}
 
 
-def _reason_and_space(error: BaseException, folder: Path) -> str:
+def _reason_and_space(error: Exception, folder: Path) -> str:
     # torch complains of the unfinished file, and has the system's own words in the context only.
-    while error.__context__ is not None and not isinstance(error, OSError):
-        error = error.__context__
-    reason = reason_of(error).splitlines()[0]
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    reason = reason_of(cause or error).splitlines()[0]
     try:
         return f"{reason}; {shutil.disk_usage(folder).free / 2**20:,.1f} MiB free"
     except OSError:

@@ -98,41 +98,22 @@ def _claim(
     about: Mapping[str, Any],
     restarted: bool,
 ) -> IO[str]:
-    """Claim the folder, remove what a run that is replaced has left, and write args.json.
+    """Claim the folder, write args.json, and remove what a run that is replaced has left.
 
     Returns:
         The lock.
     """
-    # Weights alone, such as published ones, are no run that could go on in their folder.
-    mine = (
-        loaded is not None
-        and not loaded.content.get("weights_alone")
-        and loaded.path.resolve().parent == folder.resolve()
-    )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         check_writable(folder)
         if run.trace:
             _check_trace(Path(run.trace))
         lock = lock_folder(folder)
-        found = [name for name in _FILES if (folder / name).exists()]
-        begun = loaded is None and (
-            # It was killed before it saved anything: a log without rows is all that there is.
-            (run.resume == "auto" and _has_no_rows(folder, found))
-            or (restarted and _was_begun_with(folder, about["options"]))
-        )
-        if found and not mine and not begun and not run.overwrite:
+        try:
+            _take_over(folder, run, loaded, about, restarted)
+        except BaseException:
             unlock_folder(lock)
-            raise UserError(
-                f"--checkpoint {folder}: holds a run already ({found[0]}); "
-                "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
-            )
-        clear_leftovers(folder)
-        for name in [] if mine else found:
-            (folder / name).unlink()
-        if mine and loaded and loaded.path.name == PREVIOUS:
-            promote_previous(folder)
-        write_args(folder / "args.json", about)
+            raise
     except FolderInUse as error:
         raise UserError(
             f"--checkpoint {folder}: {error} is training there; wait for its end, or name another "
@@ -144,6 +125,39 @@ def _claim(
             "name another folder with -c DIR"
         ) from error
     return lock
+
+
+def _take_over(
+    folder: Path,
+    run: RunConfig,
+    loaded: LoadedCheckpoint | None,
+    about: Mapping[str, Any],
+    restarted: bool,
+) -> None:
+    """Make a locked folder that of this run."""
+    # Weights alone, such as published ones, are no run that could go on in their folder.
+    mine = (
+        loaded is not None
+        and not loaded.content.get("weights_alone")
+        and loaded.path.resolve().parent == folder.resolve()
+    )
+    found = [name for name in _FILES if (folder / name).exists()]
+    begun = loaded is None and (
+        # It was killed before it saved anything: a log without rows is all that there is.
+        (run.resume == "auto" and _has_no_rows(folder, found))
+        or (restarted and _was_begun_with(folder, about["options"]))
+    )
+    if found and not mine and not begun and not run.overwrite:
+        raise UserError(
+            f"--checkpoint {folder}: holds a run already ({found[0]}); "
+            "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
+        )
+    clear_leftovers(folder)
+    write_args(folder / "args.json", about)
+    for name in [] if mine else found:
+        (folder / name).unlink()
+    if mine and loaded and loaded.path.name == PREVIOUS:
+        promote_previous(folder)
 
 
 def _check_trace(path: Path) -> None:

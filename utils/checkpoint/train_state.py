@@ -63,7 +63,7 @@ class TrainState:
                 f"--resume {loaded.path}: does not say how far it has been trained ({error}); "
                 "give another file"
             ) from error
-        if train.start_epoch is not None:
+        if train.start_epoch is not None and not loaded.own:
             found.epoch = train.start_epoch
             found.forget_steps()
         if found.epoch >= train.epochs:

@@ -1,6 +1,7 @@
 """What a run leaves of its epochs: log.txt, metrics.jsonl and, when asked, TensorBoard events."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ class RunLog:
         header = "\t".join(LOG_COLUMNS)
         self.table = _first_lines(folder / "log.txt", 1 + epochs_done) or [header]
         self.lines = _first_lines(folder / "metrics.jsonl", epochs_done)
-        self._write(folder)
+        self._try(lambda: self._write(folder))
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter  # Optional, and slow to import.
 
@@ -68,9 +69,13 @@ class RunLog:
             "images_per_second": round(train.images / seconds, 1),
         }
         self.lines.append(json.dumps(record))
+        folder = self.folder
+        self._try(lambda: self._write(folder))
+        self._try(lambda: self._add_events(record, epoch))
+
+    def _try(self, write: Callable[[], None]) -> None:
         try:
-            self._write(self.folder)
-            self._add_events(record, epoch)
+            write()
         except OSError as error:
             log.warning(
                 f"the log in {self.folder} cannot be written ({error.strerror}); "

@@ -1,4 +1,4 @@
-"""Where a result comes from: code, versions, commit, machine and options, for args.json."""
+"""Where a result comes from: code, versions, commit, machine, for checkpoints and args.json."""
 
 import hashlib
 import json
@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils.config.schema import WITHOUT_EFFECT
 from utils.distributed.comm import Comm
 from utils.files import ROOT, write_text
 from utils.launch.environment import core_count
@@ -102,50 +101,6 @@ def origin(comm: Comm) -> dict[str, Any]:
     }
 
 
-def earlier_starts(
-    content: Mapping[str, Any] | None, file: str, start: Mapping[str, Any]
-) -> list[dict[str, Any]]:
-    """Return the starts of a run that have led to a checkpoint and differ from the present one.
-
-    The checkpoint is what knows them: a start that trained nothing has left none, and one whose
-    epochs are trained again is not in the one that the run goes back to.
-
-    Args:
-        content: The checkpoint that the run goes on from, if any.
-        file: Its name.
-        start: What the checkpoints of this run will say of the present start.
-
-    Returns:
-        What the checkpoints of each have said, oldest first, by the names in STARTS; each once. A
-        file that is no checkpoint of a run counts as a start without options, by its name.
-    """
-    if content is None:
-        return []
-    known = content.get("earlier")
-    starts = [one for one in known if isinstance(one, dict)] if isinstance(known, list) else []
-    if isinstance(content.get("options"), dict):
-        starts.append({name: content.get(name) for name in STARTS})
-    else:
-        starts.append({"options": {}, "file": file})
-    # A start at another epoch than the checkpoint's is no continuation.
-    seen = [_essence(start)] if start["options"].get("start_epoch") is None else []
-    found = []
-    for one in starts:
-        essence = _essence(one)
-        if essence not in seen:
-            seen.append(essence)
-            found.append(one)
-    return found
-
-
-def _essence(start: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what makes a start another training, or says where it was trained."""
-    options = start.get("options")
-    values = options.items() if isinstance(options, dict) else ()
-    kept = {name: value for name, value in values if name not in WITHOUT_EFFECT}
-    return {**{name: start.get(name) for name in STARTS}, "options": kept}
-
-
 def write_args(path: Path, about: Mapping[str, Any]) -> None:
     """Write args.json: everything that is needed to run this again.
 
@@ -162,4 +117,4 @@ def write_args(path: Path, about: Mapping[str, Any]) -> None:
         "machine": {"host": platform.node(), **about["machine"]},
         **({"earlier": about["earlier"]} if about["earlier"] else {}),
     }
-    write_text(path, json.dumps(record, indent=2, sort_keys=True, default=repr) + "\n")
+    write_text(path, json.dumps(record, indent=2, sort_keys=True) + "\n")

@@ -15,7 +15,7 @@ from utils import log
 from utils.checkpoint import run_dir
 from utils.checkpoint.format import describe_model
 from utils.checkpoint.restore import load_model
-from utils.checkpoint.resume import LoadedCheckpoint
+from utils.checkpoint.resume import LoadedCheckpoint, earlier_starts
 from utils.config.schema import MODEL_FLAGS, Config, DataConfig, ModelConfig
 from utils.data import sampling
 from utils.data.datasets import Dataset, load_dataset
@@ -322,5 +322,5 @@ def checkpoint_metadata(
         "images": dataset.checksums,
         **provenance.origin(comm),
     }
-    content, file = (loaded.content, loaded.path.name) if loaded else (None, "")
-    return {**about, "earlier": provenance.earlier_starts(content, file, about)}
+    start = {name: about[name] for name in provenance.STARTS}
+    return {**about, "earlier": earlier_starts(loaded, start)}

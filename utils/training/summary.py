@@ -117,14 +117,18 @@ def _changes(before: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         if not options["sync_bn"]:
             what += "; batch norm, where there is any, sees other shares"
         found.append(f"{before['workers']} worker(s) have trained so far, now {workers}: {what}")
-    if before.get("images", about["images"]) != about["images"]:
+    images = before.get("images", about["images"])
+    if images[:2] != about["images"][:2]:
         found.append(
             "these are other images than so far, or the same in another order: from here on other "
             "batches are drawn"
         )
+    if images[2:] != about["images"][2:]:
+        found.append("the test images are others than so far")
     own = model_arguments(options["arch"])
     changed = []
-    for name, old in before.get("options", {}).items():
+    options_before = before.get("options")
+    for name, old in options_before.items() if isinstance(options_before, dict) else ():
         if name not in options or name in WITHOUT_EFFECT:
             continue
         # Unset, a flag of the model is the model's default, and --start-epoch is the checkpoint's.

@@ -8,10 +8,11 @@ import pytest
 import torch
 
 from utils.checkpoint import format as checkpoint
+from utils.checkpoint import manager
 from utils.checkpoint.manager import CheckpointManager, save
 from utils.checkpoint.train_state import TrainState
 from utils.distributed.comm import Comm
-from utils.errors import NotFinite, UserError
+from utils.errors import Interrupted, NotFinite, UserError
 from utils.training.optim import build_optimizer
 
 
@@ -85,3 +86,15 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path):
     with pytest.raises(NotFinite):
         checkpoints.save(TrainState(epoch=1), is_best=True)
     assert checkpoint.load(tmp_path / checkpoint.LATEST)["epoch"] == 0
+
+
+def test_the_reason_of_a_failed_save_is_that_of_the_system(tmp_path):
+    """torch only says that a file has ended where it should not, and a stop has no part in it."""
+    torch_says = RuntimeError("[enforce fail at inline_container.cc:671] . unexpected pos 64 vs 0")
+    try:
+        raise Interrupted
+    except Interrupted as stop:
+        torch_says.__context__ = stop
+    assert manager._reason_and_space(torch_says, tmp_path).startswith("[enforce fail")
+    torch_says.__context__ = OSError(28, "No space left on device")
+    assert manager._reason_and_space(torch_says, tmp_path).startswith("No space left on device; ")

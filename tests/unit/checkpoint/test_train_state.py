@@ -15,3 +15,12 @@ def test_a_checkpoint_inside_an_epoch_belongs_to_its_batch(tmp_path):
     assert TrainState.start(train, loaded, {"global batch": 32, "seed": 0}).step == 3
     with pytest.raises(UserError, match="global batch 32, not 16"):
         TrainState.start(train, loaded, {"global batch": 16, "seed": 0})
+
+
+def test_a_job_that_was_started_again_does_not_begin_at_start_epoch_again(tmp_path):
+    """It goes on from what it has saved itself."""
+    train = parse_args(["--epochs", "5", "--start-epoch", "1"]).train
+    state = {"epoch": 3, "step": 0}
+    for own, epoch in ((False, 1), (True, 3)):
+        loaded = LoadedCheckpoint(tmp_path / "file", state, own=own)
+        assert TrainState.start(train, loaded, {}).epoch == epoch

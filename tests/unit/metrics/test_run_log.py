@@ -36,6 +36,24 @@ class TestRunLog:
         assert (tmp_path / "log.txt").read_text() == untouched
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 5
 
+    def test_a_disk_that_is_full_at_the_start_costs_rows_until_there_is_room(
+        self, tmp_path, monkeypatch, capsys
+    ):
+        self.write(tmp_path, 0, 2)
+        before = (tmp_path / "log.txt").read_text()
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.metrics.run_log.write_text", full)
+            log = RunLog(tmp_path, 1)
+        assert "cannot be written (No space left on device)" in capsys.readouterr().out
+        assert (tmp_path / "log.txt").read_text() == before
+        row = Metrics(1.0, 51.0, 90.0, 1000)
+        log.epoch(2, 0.1, row, row, seconds=2.0)
+        assert (tmp_path / "log.txt").read_text() == before
+
     def test_curves_of_several_runs_are_drawn_over_each_other(self, tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
