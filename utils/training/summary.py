@@ -117,7 +117,9 @@ def _changes(before: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         if not options["sync_bn"]:
             what += "; batch norm, where there is any, sees other shares"
         found.append(f"{before['workers']} worker(s) have trained so far, now {workers}: {what}")
-    images = before.get("images", about["images"])
+    images = before.get("images")
+    if not isinstance(images, list):  # A file of an older version does not tell.
+        images = about["images"]
     if images[:2] != about["images"][:2]:
         found.append(
             "these are other images than so far, or the same in another order: from here on other "
@@ -125,18 +127,22 @@ def _changes(before: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
         )
     if images[2:] != about["images"][2:]:
         found.append("the test images are others than so far")
-    own = model_arguments(options["arch"])
-    changed = []
     options_before = before.get("options")
-    for name, old in options_before.items() if isinstance(options_before, dict) else ():
-        if name not in options or name in WITHOUT_EFFECT:
+    if isinstance(options_before, dict) and (changed := _changed(options_before, options)):
+        found.append(f"changed since the checkpoint: {', '.join(changed)}")
+    return found
+
+
+def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return in words which options have another value than before and make another training."""
+    own, found = model_arguments(now["arch"]), []
+    for name, old in before.items():
+        if name not in now or name in WITHOUT_EFFECT:
             continue
         # Unset, a flag of the model is the model's default, and --start-epoch is the checkpoint's.
-        values = [own.get(name) if value is None else value for value in (old, options[name])]
-        if values[0] != values[1] and (name, options[name]) != ("start_epoch", None):
-            changed.append(f"--{name.replace('_', '-')} {old} -> {options[name]}")
-    if changed:
-        found.append(f"changed since the checkpoint: {', '.join(changed)}")
+        values = [own.get(name) if value is None else value for value in (old, now[name])]
+        if values[0] != values[1] and (name, now[name]) != ("start_epoch", None):
+            found.append(f"--{name.replace('_', '-')} {old} -> {now[name]}")
     return found
 
 
