@@ -204,7 +204,7 @@ def _check_one_way(folder: Path, recipe: Recipe, starts: Sequence[Mapping[str, A
             )
         if not _same_images(start, starts[-1]):
             raise UserError(
-                f"{folder}: was trained on other images first, or on the same in another order; "
+                f"{folder}: had other images first, or the same in another order; "
                 "publish a run that was trained in one way"
             )
 

@@ -70,10 +70,15 @@ class RunLog:
         }
         self.lines.append(json.dumps(record))
         folder = self.folder
-        self._try(lambda: self._write(folder))
-        self._try(lambda: self._add_events(record, epoch))
+
+        def write() -> None:
+            self._write(folder)
+            self._add_events(record, epoch)
+
+        self._try(write)
 
     def _try(self, write: Callable[[], None]) -> None:
+        """Write, or warn of a disk that is full."""
         try:
             write()
         except OSError as error:

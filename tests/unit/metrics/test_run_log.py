@@ -50,9 +50,11 @@ class TestRunLog:
             log = RunLog(tmp_path, 1)
         assert "cannot be written (No space left on device)" in capsys.readouterr().out
         assert (tmp_path / "log.txt").read_text() == before
-        row = Metrics(1.0, 51.0, 90.0, 1000)
+        row = Metrics(1.0, 77.0, 90.0, 1000)
         log.epoch(2, 0.1, row, row, seconds=2.0)
-        assert (tmp_path / "log.txt").read_text() == before
+        lines = (tmp_path / "log.txt").read_text().splitlines()
+        assert lines[:2] == before.splitlines()[:2]
+        assert lines[2:] == ["0.100000\t1.000000\t1.000000\t77.000000\t77.000000"]
 
     def test_curves_of_several_runs_are_drawn_over_each_other(self, tmp_path):
         for name in ("a", "b"):
