@@ -72,8 +72,10 @@ class RunLog:
         folder = self.folder
 
         def write() -> None:
-            self._write(folder)
-            self._add_events(record, epoch)
+            try:
+                self._write(folder)
+            finally:  # Events of an epoch are written once: the next epoch would not add them.
+                self._add_events(record, epoch)
 
         self._try(write)
 

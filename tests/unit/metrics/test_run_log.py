@@ -56,6 +56,23 @@ class TestRunLog:
         assert lines[:2] == before.splitlines()[:2]
         assert lines[2:] == ["0.100000\t1.000000\t1.000000\t77.000000\t77.000000"]
 
+    def test_a_log_that_cannot_be_written_costs_no_events(self, tmp_path, monkeypatch, capsys):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        def full(*_):
+            raise OSError(28, "No space left on device")
+
+        log = RunLog(tmp_path, 0, tensorboard=True)
+        row = Metrics(1.0, 77.0, 90.0, 1000)
+        with monkeypatch.context() as patch:
+            patch.setattr("utils.metrics.run_log.write_text", full)
+            log.epoch(1, 0.1, row, row, seconds=2.0)
+        log.epoch(2, 0.1, row, row, seconds=2.0)
+        log.close()
+        assert capsys.readouterr().out.count("cannot be written") == 1
+        events = EventAccumulator(str(tmp_path)).Reload()
+        assert [event.step for event in events.Scalars("valid/loss")] == [1, 2]
+
     def test_curves_of_several_runs_are_drawn_over_each_other(self, tmp_path):
         for name in ("a", "b"):
             (tmp_path / name).mkdir()
