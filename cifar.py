@@ -32,6 +32,7 @@ from utils.runtime.exit_codes import exit_process, run_worker
 from utils.runtime.precision import resolve_precision
 from utils.runtime.provenance import code_fingerprint
 from utils.training import build, summary
+from utils.training.checkpoint_data import match_dataset, resolve_data
 from utils.training.cuda_graph import on_stream
 from utils.training.evaluation import evaluate_checkpoint
 from utils.training.trainer import Trainer
@@ -54,8 +55,11 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     build.check_model_fits(config, comm)
     folder = run_folder(config.run, config.model, config.data.dataset)
     loaded = find_checkpoint(config.run, folder, config.options(), comm)  # broadcast
+    if summary.log_finished(loaded, config):
+        return
+    config = resolve_data(config, loaded)  # What a checkpoint knows of its images counts.
     with comm.local_rank_zero_first():  # barriers: one worker of each node downloads
-        dataset = build.dataset(config.data)
+        dataset = match_dataset(build.dataset(config.data), loaded, config)
     check_consistency(comm, dataset.fingerprint)  # all-reduce
 
     # The sets, the steps of an epoch, and the network with the weights of a checkpoint, if any.
@@ -65,7 +69,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     evaluator = build.evaluator(model, config, comm)
     if config.run.evaluate:
         evaluate_checkpoint(  # all-reduces: batch-norm statistics, metrics
-            evaluator, splits.test, loaded, dataset.classes, config.run.per_class
+            evaluator, splits.test, loaded, dataset, config.run.per_class
         )
         return
     if config.run.estimate:
@@ -76,7 +80,8 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         return
 
     # Where training starts, and the optimizer.
-    state = TrainState.start(config.train, loaded, plan.fingerprint(config.data.dataset))
+    fingerprint, steps = plan.fingerprint(config.data.dataset), len(plan.batch_slices)
+    state = TrainState.start(config.train, loaded, fingerprint, steps)
     graph_recorder = build.recorder(config, splits.train.storage_device, comm)
     stack.enter_context(on_stream(graph_recorder))
     # `wrapped` holds `model`, and averages the gradients over the workers in its backward pass.
@@ -88,7 +93,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
 
     # The run folder; rank 0 alone writes.
     about = build.checkpoint_metadata(config, dataset, memory_format, plan, loaded, comm)
-    stack.enter_context(claim_run_dir(folder, config.run, loaded, about, comm))  # barriers
+    stack.enter_context(claim_run_dir(folder, config.run, loaded, state, about, comm))  # barriers
     checkpoints = CheckpointManager(folder, comm, model, optimizer, about)
     run_log = RunLog(folder if comm.is_main_process else None, state.epoch, config.run.tensorboard)
     summary.log_start(
@@ -111,7 +116,9 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     run_log.close()
     if config.run.trace:
         loop.times.write(Path(config.run.trace), comm)  # all-reduce
-    summary.log_end(state, evaluator, splits, folder)  # broadcast, all-reduces: with --val-split
+    summary.log_end(  # broadcast, all-reduces: with --val-split
+        state, evaluator, splits, dataset, folder
+    )
 
 
 if __name__ == "__main__":

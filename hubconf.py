@@ -65,7 +65,8 @@ def _entry(name: str) -> Callable[..., nn.Module]:
         if checkpoint:
             path = Path(checkpoint)
             wanted = _describe_model(name, {**arguments, "num_classes": classes})
-            _load_model(model, _load(path, flag="checkpoint"), path, wanted, flag="checkpoint")
+            state = _load(path, flag="checkpoint", trust=None)
+            _load_model(model, state, path, wanted, flag="checkpoint")
         return model
 
     build.__name__ = name

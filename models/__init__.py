@@ -8,6 +8,7 @@ import pkgutil
 
 from models._dropout import rows_of_batch
 from models._registry import (
+    SHORTCUT,
     ModelError,
     create_model,
     identify,
@@ -17,6 +18,7 @@ from models._registry import (
 )
 
 __all__ = [
+    "SHORTCUT",
     "ModelError",
     "create_model",
     "identify",

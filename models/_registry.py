@@ -12,6 +12,9 @@ Factory = Callable[..., nn.Module]
 Shapes = Mapping[str, Sequence[int]]
 Identify = Callable[[Shapes], dict[str, Any] | None]
 
+# In the names of the tensors of a residual network's shortcuts.
+SHORTCUT = ".downsample."
+
 _factories: dict[str, Factory] = {}
 _identifiers: dict[str, Identify] = {}
 
@@ -98,8 +101,12 @@ def create_model(name: str, num_classes: int = 10, **arguments: Any) -> nn.Modul
     return _factories[name](num_classes=num_classes, **arguments)
 
 
-def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
+def identify(shapes: Shapes, but_for: str | None = None) -> tuple[str, dict[str, Any]] | None:
     """Return which network a state dict belongs to, by names and shapes alone.
+
+    Args:
+        shapes: The names and shapes.
+        but_for: Part of a name; the network's tensors with it in their names must be missing.
 
     Returns:
         The name and the arguments, num_classes included, with which ``create_model`` builds it.
@@ -108,19 +115,23 @@ def identify(shapes: Shapes) -> tuple[str, dict[str, Any]] | None:
     for name, match in _identifiers.items():
         try:
             arguments = match(shapes)
-            if arguments is not None and _fits(name, arguments, shapes):
+            if arguments is not None and _fits(name, arguments, shapes, but_for):
                 return name, arguments
         except (KeyError, IndexError, TypeError, ZeroDivisionError, ModelError):
             continue  # This family does not have such names or shapes.
     return None
 
 
-def _fits(name: str, arguments: dict[str, Any], shapes: Shapes) -> bool:
+def _fits(name: str, arguments: dict[str, Any], shapes: Shapes, but_for: str | None) -> bool:
     """Return whether a model has exactly these names and shapes, counters of batches apart."""
     with torch.device("meta"):
         own = create_model(name, **arguments).state_dict()
     counters = {key for key in own if key.endswith("num_batches_tracked")}
-    wanted = {key: tuple(t.shape) for key, t in own.items() if key not in counters}
+    wanted = {
+        key: tuple(tensor.shape)
+        for key, tensor in own.items()
+        if key not in counters and not (but_for and but_for in key)
+    }
     return wanted == {key: tuple(s) for key, s in shapes.items() if key not in counters}
 
 

@@ -127,9 +127,9 @@ def lost_rate() -> None:
     first_epoch = 0
 
     def wrap_start(real: Callable[..., TrainState]) -> Callable[..., TrainState]:
-        def start(train: Any, loaded: Any, fingerprint: Any) -> TrainState:
+        def start(train: Any, loaded: Any, *plan: Any) -> TrainState:
             nonlocal first_epoch
-            state = real(train, loaded, fingerprint)
+            state = real(train, loaded, *plan)
             first_epoch = state.epoch if loaded else 0
             return state
 

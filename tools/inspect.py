@@ -14,9 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from models import identify
-from utils.checkpoint.format import describe_model, load
-from utils.errors import command
+from utils.checkpoint.format import describe_model, describe_shapes, load
+from utils.errors import command, one_line
+from utils.training.checkpoint_data import describe_statistics
 
 
 def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
@@ -32,32 +35,40 @@ def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
     elif state.get("weights_alone"):
         lines.append("format     safetensors: weights alone")
     else:
-        lines.append("format     of another script of this family")
-    lines += _describe_network(state["state_dict"])
+        read_as = f": read {', '.join(state['read_as'])}" if state["read_as"] else ""
+        lines.append(f"format     of another script{read_as}")
+    weights = state["state_dict"].items()
+    lines += _describe_network({k: v for k, v in weights if isinstance(v, Tensor)})
     epoch = state.get("epoch", state.get("trained_epochs", "unknown"))
     step = f", step {state['step']} of the next" if state.get("step") else ""
     lines.append(f"trained    {epoch} epochs{step}")
     for key, title in (("acc", "last"), ("best_acc", "best")):
         if key in state:
             lines.append(f"{title:<10} {float(state[key]):.2f} % validation accuracy")
-    momentum = len((state.get("optimizer") or {}).get("state", {}))
+    momentum = _count_momentum(state.get("optimizer"))
     lines.append(f"optimizer  {f'momentum of {momentum} tensors' if momentum else 'none'}")
     if "dataset" in state:
-        lines.append(f"data       {state['dataset']}, {len(state['classes'])} classes")
-    if "versions" in state:
+        classes = f", {len(state['classes'])} classes" if "classes" in state else ""
+        lines.append(f"data       {state['dataset']}{classes}")
+    if state.keys() >= {"mean", "std"}:
+        lines.append(f"normalised {describe_statistics(state['mean'], state['std'])}")
+    else:
+        lines.append("normalised unknown; taken for the legacy statistics where it is evaluated")
+    if state.keys() >= {"versions", "workers"}:
         versions = ", ".join(f"{k} {v}" for k, v in state["versions"].items() if v)
         lines.append(f"written    by {state['workers']} worker(s) with {versions}")
-    return lines
+    return [one_line(line) for line in lines]
 
 
-def _describe_network(weights: Mapping[str, Any]) -> list[str]:
+def _describe_network(weights: Mapping[str, Tensor]) -> list[str]:
     """Return in lines which network the weights belong to."""
-    found = identify({name: tuple(tensor.shape) for name, tensor in weights.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    found = identify(shapes)
     parameters = sum(tensor.numel() for name, tensor in weights.items() if not _is_buffer(name))
     if found is None:
         return [
-            f"network    unknown, {len(weights)} tensors, {parameters:,} parameters: of no network "
-            "of this suite, or incomplete"
+            f"network    {describe_shapes(shapes)}, {len(weights)} tensors, {parameters:,} "
+            "parameters: of no network of this suite, or incomplete"
         ]
     arch, arguments = found
     lines = [f"network    {describe_model(arch, arguments)}, {parameters:,} parameters, complete"]
@@ -67,6 +78,12 @@ def _describe_network(weights: Mapping[str, Any]) -> list[str]:
             f"           scripts from before 2018 called this 164-layer network {prefix}ResNet-110"
         )
     return lines
+
+
+def _count_momentum(optimizer: Mapping[str, Any] | None) -> int:
+    """Return how many tensors an optimizer's state has momentum of."""
+    entries = (optimizer or {}).get("state")
+    return len(entries) if isinstance(entries, dict) else 0
 
 
 def _is_buffer(name: str) -> bool:

@@ -3,13 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from models import create_model, identify
-from utils.checkpoint.format import describe_model, load
+from utils.checkpoint.format import describe_model, describe_shapes, load
 from utils.checkpoint.restore import load_model
-from utils.data.datasets import TRUE_STATISTICS
+from utils.data.datasets import LEGACY_STATISTICS
 from utils.errors import UserError
+from utils.training.checkpoint_data import describe_statistics
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Network:
         mean: The mean per channel to normalise with, of pixels scaled to 0..1.
         std: The standard deviation per channel to normalise with, of pixels scaled to 0..1.
         name: The architecture and its arguments, in words.
+        origin: What the inputs and outputs are taken for and who says so, in words.
     """
 
     model: nn.Module
@@ -29,25 +31,30 @@ class Network:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     name: str
+    origin: str
 
 
-def load_network(path: Path) -> Network:
+def load_network(path: Path, trust: bool) -> Network:
     """Return the network that a checkpoint holds.
 
-    The files of older scripts do not say what their images were; they are taken for CIFAR's.
+    The files of older scripts do not say how their images were normalised. All scripts of this
+    family have the legacy statistics, which are taken for them.
 
     Args:
         path: The checkpoint.
+        trust: Whether reading may execute code in the file.
 
     Raises:
         UserError: The file is no checkpoint, or holds an unknown network.
     """
-    state = load(path, flag="CHECKPOINT")
-    shapes = {name: tuple(tensor.shape) for name, tensor in state["state_dict"].items()}
+    state = load(path, flag="CHECKPOINT", trust=trust)
+    weights = state["state_dict"].items()
+    shapes = {name: tuple(value.shape) for name, value in weights if isinstance(value, Tensor)}
     found = identify(shapes)
     if found is None:
         raise UserError(
-            f"CHECKPOINT {path}: its tensors belong to no network of this suite; name another file"
+            f"CHECKPOINT {path}: holds {describe_shapes(shapes)}, no network of this suite; "
+            "name another file"
         )
     arch, arguments = found
     model = create_model(arch, **arguments)
@@ -60,11 +67,12 @@ def load_network(path: Path) -> Network:
             f"CHECKPOINT {path}: names {len(classes)} classes of a network that has {count}; "
             "name another file"
         )
-    mean, std = TRUE_STATISTICS["cifar100" if count == 100 else "cifar10"]
-    return Network(
-        model,
-        classes,
-        tuple(state.get("mean", mean)),
-        tuple(state.get("std", std)),
-        describe_model(arch, arguments),
+    says = state.keys() >= {"mean", "std"}
+    mean, std = (state["mean"], state["std"]) if says else LEGACY_STATISTICS
+    origin = (
+        f"{describe_statistics(mean, std)} "
+        f"({'of the file' if says else 'assumed, as of older scripts: the file does not say'}); "
+        f"{count} classes ({'of the file' if 'classes' in state else 'numbers: it names none'})"
     )
+    name = describe_model(arch, arguments)
+    return Network(model, classes, tuple(mean), tuple(std), name, origin)

@@ -27,8 +27,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument(
+        "--trust-checkpoint", action="store_true", help="read a file even if that runs code in it"
+    )
     options = parser.parse_args()
-    network = load_network(options.checkpoint)
+    network = load_network(options.checkpoint, options.trust_checkpoint)
+    print(f"{options.checkpoint}: {network.name}; {network.origin}")
     pixels = np.stack([read_image(path)[0] for path in options.images])
     labels = np.zeros(len(pixels), np.int64)  # They are not known, and not used.
     images = ImageSet(pixels, labels, network.mean, network.std, device=torch.device("cpu"))

@@ -112,7 +112,9 @@ def test_predict_names_the_likeliest_classes(tool, trained, tmp_path):
     Image.fromarray(synthetic.generate(10, train=False, count=1)[0][0]).save(image)
     result = tool("predict.py", trained, image)
     assert result.returncode == 0, result.stderr
-    name, *lines = result.stdout.splitlines()
+    about, name, *lines = result.stdout.splitlines()
+    for words in (str(trained), "alexnet", "0.4989", "10 classes (of the file)"):
+        assert words in about
     assert name == str(image)
     assert len(lines) == 5
     assert {line.split()[2] for line in lines} <= set(synthetic.class_names(10))

@@ -148,12 +148,6 @@ class TestRunFolder:
         assert "--overwrite" in result.stderr
         assert (folder / "log.txt").read_text() == rows
 
-    def test_a_finished_run_says_so_when_resumed(self, finished, run_script):
-        _, flags = finished
-        result = run_script([*flags, "--resume", "auto"])
-        assert result.returncode == 2
-        assert "--epochs" in result.stderr
-
 
 @pytest.mark.parametrize(
     ("flags", "words"),

@@ -7,15 +7,18 @@ it. A digest of all of it is among them, because ``torch.load`` does not notice 
 """
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from models import identify
+from models import SHORTCUT, identify
 from utils import log
 from utils.checkpoint.digest import digest
+from utils.checkpoint.fields import check_fields
+from utils.checkpoint.foreign import find_weights, in_our_words, plain_names
 from utils.checkpoint.weights import is_safetensors, unpack
 from utils.errors import UserError, reason_of, require_packages
 
@@ -25,15 +28,31 @@ PREVIOUS = "checkpoint.previous.pth.tar"
 DAMAGED = "checkpoint.damaged.pth.tar"
 BEST = "model_best.pth.tar"
 
+# What torch says where reading would run code; a trusted file is then read all the same.
+_NEEDS_TRUST = re.compile("GLOBAL|unsupported class|Can only (create|build|append|extend|set)")
+# What people have in place of a checkpoint: how it begins, and what it is.
+_NO_CHECKPOINTS = (
+    (b"version https://git-lfs", "a git-lfs pointer and not the file; get that by 'git lfs pull'"),
+    (b"<!doctype html", "a web page and not the file; download that anew"),
+    (b"<html", "a web page and not the file; download that anew"),
+)
 
-def load(path: Path, flag: str = "--resume", trust: bool = False) -> dict[str, Any]:
-    """Read a checkpoint, of this suite or of an older script of the family.
+
+def load(path: Path, flag: str = "--resume", trust: bool | None = False) -> dict[str, Any]:
+    """Read a checkpoint, of this suite or of another script.
 
     Nothing in the file is executed unless ``trust`` says that it may be. A bare state dict counts
     as a checkpoint without history, and so does a safetensors file.
 
+    Args:
+        path: The file.
+        flag: The flag that has named the file, for messages only.
+        trust: Whether reading may execute code in the file; None where a user cannot allow it.
+
     Returns:
-        The file's dict; ``state_dict`` in it has the raw model's names (no ``module.``).
+        The file's dict; ``state_dict`` in it has the raw model's names (no ``module.``), and what
+        a run relies on is of the right type. ``read_as`` says what a file of another script was
+        taken for.
 
     Raises:
         UserError: There is no such file, or it is damaged, needs code to be read, or has a later
@@ -56,14 +75,14 @@ def read(path: Path, flag: str = "--resume") -> bytes:
         raise UserError(f"{flag} {path}: cannot be read ({error.strerror})") from error
 
 
-def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
+def parse(content: bytes, path: Path, flag: str, trust: bool | None) -> dict[str, Any]:
     """Return what the bytes of a checkpoint file hold; see ``load``.
 
     Args:
         content: The bytes.
         path: The file that they come from, for messages only.
         flag: The flag that has named the file, for messages only.
-        trust: Whether reading may execute code in the file.
+        trust: Whether reading may execute code in the file; None where a user cannot allow it.
 
     Raises:
         UserError: As ``load``, but for a missing file.
@@ -71,11 +90,14 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
     if content[257:262] == b"ustar":  # torch.load would unpack it into a folder.
         raise UserError(f"{flag} {path}: a file of torch before 0.2; save it again by a newer one")
     state = _decoded(content, path, flag, trust)
-    weights = state.get("state_dict") if isinstance(state, dict) else None
-    if not isinstance(weights, dict) or not all(
-        isinstance(name, str) and is_plain(value) for name, value in weights.items()
+    found = find_weights(state)
+    if found is None or not all(
+        isinstance(name, str) and is_plain(value) for name, value in found[0].items()
     ):
-        raise UserError(f"{flag} {path}: holds no 'state_dict'; name a training checkpoint")
+        raise UserError(f"{flag} {path}: holds no weights; name a training checkpoint")
+    weights, key = found
+    if not key:
+        state = {}
     written = state.get("format", 0)
     if not isinstance(written, int) or written > FORMAT:
         raise UserError(
@@ -84,32 +106,37 @@ def parse(content: bytes, path: Path, flag: str, trust: bool) -> dict[str, Any]:
         )
     if (written >= 2 or "digest" in state) and not _has_its_digest(state):
         raise UserError(f"{flag} {path}: damaged (its digest does not fit); name another file")
-    state["state_dict"] = {key.removeprefix("module."): value for key, value in weights.items()}
-    return state
+    said = state if written or "weights_alone" in state else in_our_words(state, key)
+    try:
+        said = check_fields(said)
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: {error}; name another file") from error
+    return {"read_as": [], **said, "state_dict": plain_names(weights)}
 
 
-def _decoded(content: bytes, path: Path, flag: str, trust: bool) -> Any:
-    """Return what the bytes hold; a bare state dict becomes a checkpoint."""
+def _decoded(content: bytes, path: Path, flag: str, trust: bool | None) -> Any:
+    """Return what the bytes hold."""
+    for beginning, what in _NO_CHECKPOINTS:
+        if content[:100].lstrip().lower().startswith(beginning):
+            raise UserError(f"{flag} {path}: {what}")
     weights_alone = is_safetensors(content)
     if weights_alone:
         require_packages(f"{flag} {path}", "safetensors")
     try:
         if weights_alone:
             return unpack(content)
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
+        return torch.load(io.BytesIO(content), map_location="cpu", weights_only=not trust)
     except Exception as error:
         why = reason_of(error).splitlines()[0]
         if "weights_only" in str(error) or "Weights only" in str(error):
-            why = (
-                "damaged, or reading it would run code in it: --trust-checkpoint allows that for "
-                "a file that you know"
-            )
+            why = "damaged, or no file of torch.save"
+            if _NEEDS_TRUST.search(str(error)):
+                why = "damaged, or reading it would run code in it"
+                if trust is not None:
+                    why += ": --trust-checkpoint allows that for a file that you know"
         raise UserError(
             f"{flag} {path}: not a readable checkpoint ({why}); name another file"
         ) from error
-    if isinstance(state, dict) and state and all(isinstance(v, Tensor) for v in state.values()):
-        return {"state_dict": state}
-    return state
 
 
 def load_newest(folder: Path, trust: bool) -> tuple[Path, bytes, dict[str, Any]] | None:
@@ -158,11 +185,14 @@ def is_plain(value: Any) -> bool:
 
 def describe_shapes(shapes: dict[str, tuple[int, ...]]) -> str:
     """Return in words which network has tensors of these names and shapes."""
-    found = identify(shapes)
-    if found is None:
-        return "another network"
-    arch, arguments = found
-    return describe_model(arch, arguments)
+    if found := identify(shapes):
+        return describe_model(*found)
+    if found := identify(shapes, but_for=SHORTCUT):
+        return (
+            f"{describe_model(*found)} with shortcuts without parameters (option A), which no "
+            "network of this suite has"
+        )
+    return "another network"
 
 
 def describe_model(arch: str, arguments: dict[str, Any]) -> str:

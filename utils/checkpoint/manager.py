@@ -12,7 +12,6 @@ from utils import log
 from utils.checkpoint.digest import digest
 from utils.checkpoint.format import (
     BEST,
-    DAMAGED,
     FORMAT,
     LATEST,
     PREVIOUS,
@@ -120,7 +119,7 @@ class CheckpointManager:
         """Go back to a checkpoint that ``read_back`` has returned."""
         load_model(self.model, content, self.path, "the network of this run")
         load_optimizer(self.optimizer, content, self.path)
-        load_buffers(self.model, content, self.comm)
+        load_buffers(self.model, content, self.path, self.comm)
 
 
 def save(folder: Path, content: dict[str, Any], is_best: bool) -> None:
@@ -140,17 +139,6 @@ def save(folder: Path, content: dict[str, Any], is_best: bool) -> None:
 
     complete = {**content, "digest": digest(content)}
     write_atomically(path, lambda file: torch.save(complete, file), link_others)
-
-
-def promote_previous(folder: Path) -> None:
-    """Put the save before in the place of a newest one that is damaged or missing.
-
-    The next save then cannot push the good one out. The damaged file stays under another name.
-    """
-    latest = folder / LATEST
-    if latest.exists():
-        latest.replace(folder / DAMAGED)
-    replace_by_link(folder / PREVIOUS, latest)
 
 
 def with_plain_rate(state: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import IO, Any
 
 from models import model_arguments
 from utils.checkpoint.format import BEST, DAMAGED, LATEST, PREVIOUS
-from utils.checkpoint.manager import promote_previous
+from utils.checkpoint.history import keep_newer, settle_best
 from utils.checkpoint.resume import LoadedCheckpoint, are_same_options
+from utils.checkpoint.train_state import TrainState
 from utils.config.args import parse_args
 from utils.config.recipes import load_recipes
 from utils.config.schema import ModelConfig, RunConfig
@@ -64,6 +65,7 @@ def claim_run_dir(
     folder: Path,
     run: RunConfig,
     loaded: LoadedCheckpoint | None,
+    state: TrainState,
     about: Mapping[str, Any],
     comm: Comm,
 ) -> Iterator[None]:
@@ -73,6 +75,7 @@ def claim_run_dir(
         folder: The folder.
         run: Says whether a run that is there may be replaced.
         loaded: The checkpoint that this run continues.
+        state: Where it begins.
         about: What every checkpoint of the run says of it, for args.json.
         comm: The engine; rank 0 claims and writes, the others learn whether it could.
 
@@ -84,7 +87,7 @@ def claim_run_dir(
     try:
         with comm.local_rank_zero_first():
             if comm.is_main_process:
-                lock = _claim(folder, run, loaded, about, comm.restart_count() > 0)
+                lock = _claim(folder, run, loaded, state, about, comm.restart_count() > 0)
         yield
     finally:
         if lock is not None:
@@ -95,6 +98,7 @@ def _claim(
     folder: Path,
     run: RunConfig,
     loaded: LoadedCheckpoint | None,
+    state: TrainState,
     about: Mapping[str, Any],
     restarted: bool,
 ) -> IO[str]:
@@ -110,7 +114,9 @@ def _claim(
             _check_trace(Path(run.trace))
         lock = lock_folder(folder)
         try:
-            _take_over(folder, run, loaded, about, restarted)
+            _take_over(folder, run, loaded, state, about, restarted)
+            if loaded:
+                settle_best(folder, loaded, state)
         except BaseException:
             unlock_folder(lock)
             raise
@@ -131,6 +137,7 @@ def _take_over(
     folder: Path,
     run: RunConfig,
     loaded: LoadedCheckpoint | None,
+    state: TrainState,
     about: Mapping[str, Any],
     restarted: bool,
 ) -> None:
@@ -153,11 +160,11 @@ def _take_over(
             "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
         )
     clear_leftovers(folder)
+    if mine and loaded:
+        keep_newer(folder, loaded, state, (*_FILES, "args.json"))
     write_args(folder / "args.json", about)
     for name in [] if mine else found:
         (folder / name).unlink()
-    if mine and loaded and loaded.path.name == PREVIOUS:
-        promote_previous(folder)
 
 
 def _check_trace(path: Path) -> None:

@@ -19,7 +19,8 @@ class TrainState:
         step_seconds: The time that they have taken.
         acc: The last validation accuracy, in per cent.
         best_acc: The highest validation accuracy so far.
-        best_epoch: The epoch of the highest one, counted from 1; 0 before the first.
+        best_epoch: The epoch of the highest one, counted from 1; 0 before the first, or where the
+            file of an older script has named the accuracy and no epoch.
     """
 
     epoch: int = 0
@@ -32,7 +33,11 @@ class TrainState:
 
     @classmethod
     def start(
-        cls, train: TrainConfig, loaded: LoadedCheckpoint | None, fingerprint: dict[str, Any]
+        cls,
+        train: TrainConfig,
+        loaded: LoadedCheckpoint | None,
+        fingerprint: dict[str, Any],
+        steps: int,
     ) -> "TrainState":
         """Return where training starts.
 
@@ -40,6 +45,7 @@ class TrainState:
             train: Says when training ends, and may say where it starts.
             loaded: The checkpoint to continue, if any.
             fingerprint: What the meaning of a step depends on; see ``EpochPlan.fingerprint``.
+            steps: The steps of an epoch.
 
         Raises:
             UserError: The checkpoint has no epochs left to train, or stands inside an epoch of
@@ -48,24 +54,20 @@ class TrainState:
         if loaded is None:
             return cls(epoch=train.start_epoch or 0)
         content = loaded.content
-        try:
-            found = cls(
-                epoch=int(content.get("epoch", 0)),
-                step=int(content.get("step", 0)),
-                metric_sums=_rows_of(content.get("step_sums", [])),
-                step_seconds=float(content.get("step_seconds", 0.0)),
-                acc=float(content.get("acc", 0.0)),
-                best_acc=float(content.get("best_acc", 0.0)),
-                best_epoch=int(content.get("best_epoch", content.get("epoch", 0))),
-            )
-        except (TypeError, ValueError) as error:
-            raise UserError(
-                f"--resume {loaded.path}: does not say how far it has been trained ({error}); "
-                "give another file"
-            ) from error
+        found = cls(
+            epoch=content.get("epoch", 0),
+            step=content.get("step", 0),
+            metric_sums=content.get("step_sums", []),
+            step_seconds=content.get("step_seconds", 0.0),
+            acc=content.get("acc", 0.0),
+            best_acc=content.get("best_acc", 0.0),
+            best_epoch=content.get("best_epoch", 0),
+        )
         if train.start_epoch is not None and not loaded.own:
             found.epoch = train.start_epoch
             found.forget_steps()
+        if found.best_epoch > found.epoch:  # It is trained again, and was no epoch of this run.
+            found.best_acc, found.best_epoch = 0.0, 0
         if found.epoch >= train.epochs:
             raise UserError(
                 f"--resume {loaded.path}: has been trained for {found.epoch} epochs and --epochs "
@@ -78,6 +80,11 @@ class TrainState:
                     f"{value}, not {fingerprint.get(name)}; finish that epoch with the old flags "
                     "first"
                 )
+        if found.step > steps:
+            raise UserError(
+                f"--resume {loaded.path}: stands at step {found.step} of an epoch, which has "
+                f"{steps}; name another file"
+            )
         return found
 
     def advance(self, acc: float) -> bool:
@@ -85,7 +92,7 @@ class TrainState:
         self.epoch += 1
         self.forget_steps()
         self.acc = acc
-        is_best = self.best_epoch == 0 or acc > self.best_acc
+        is_best = acc > self.best_acc or (self.best_epoch == 0 and self.best_acc == 0)
         if is_best:
             self.best_acc, self.best_epoch = acc, self.epoch
         return is_best
@@ -93,10 +100,3 @@ class TrainState:
     def forget_steps(self) -> None:
         """Stand at the beginning of the epoch."""
         self.step, self.metric_sums, self.step_seconds = 0, [], 0.0
-
-
-def _rows_of(sums: list[Any]) -> list[list[float]]:
-    """Return the sums of each worker; files of format 1 hold one row of them all."""
-    if sums and not isinstance(sums[0], list):
-        return [list(sums)]
-    return [list(row) for row in sums]

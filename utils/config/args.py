@@ -341,7 +341,10 @@ def parse_args(argv: Sequence[str] | None = None) -> Config:
     options, rest = parser.parse_known_args(words)
     if rest:
         raise UserError(_unknown(rest[0], flags))
-    config = Config.from_options(vars(options))
+    for action in parser._actions:
+        action.default = argparse.SUPPRESS
+    named, _ = parser.parse_known_args(words)
+    config = Config.from_options(vars(options)).replace(explicit=frozenset(vars(named)))
     check(config)
     return config
 

@@ -6,7 +6,7 @@ otherwise, such as a precision that the processor cannot compute in, makes a new
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 # Flags that go to the model's factory, as spelled on the command line. Unset, they leave the
@@ -150,6 +150,8 @@ class Config:
     gradient_sync: GradientSyncConfig
     run: RunConfig
     hardware: HardwareConfig
+    # The options that the command line names; what a checkpoint knows goes before the others.
+    explicit: frozenset[str] = field(default=frozenset(), compare=False)
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "Config":
@@ -158,13 +160,15 @@ class Config:
         Raises:
             KeyError: An option is missing.
         """
-        return cls(**{group.name: _group(group.type, options) for group in fields(cls)})
+        groups = (group for group in fields(cls) if is_dataclass(group.type))
+        return cls(**{group.name: _group(group.type, options) for group in groups})
 
     def options(self) -> dict[str, Any]:
         """Return the flat dictionary of options that checkpoints and args.json hold."""
         return {
             name: list(value) if isinstance(value, tuple) else value
             for group in vars(self).values()
+            if is_dataclass(group)
             for name, value in vars(group).items()
         }
 

@@ -42,6 +42,8 @@ class Dataset:
         test_labels: (M,) int64.
         mean: The mean per channel to normalise with, of pixels scaled to 0..1.
         std: The standard deviation per channel to normalise with, of pixels scaled to 0..1.
+        statistics_from: Whose mean and std these are, in words.
+        classes_from: Whose names and numbers of classes these are, in words.
     """
 
     name: str
@@ -52,6 +54,8 @@ class Dataset:
     test_labels: np.ndarray
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    statistics_from: str = "of the data set"
+    classes_from: str = "of the data set"
 
     @cached_property
     def checksums(self) -> list[int]:
@@ -127,8 +131,11 @@ def load_dataset(
             data = _load_cifar(ARCHIVES[name], root, urls, archive, md5)
             statistics = TRUE_STATISTICS[name]
         data = _take_subset(data, train_size, test_size)
-    mean, std = LEGACY_STATISTICS if stats == "legacy" else statistics
-    return Dataset(name, mean=mean, std=std, **data._asdict())
+    source = "of the data set"
+    if stats == "legacy":
+        statistics, source = LEGACY_STATISTICS, "by --stats legacy"
+    mean, std = statistics
+    return Dataset(name, mean=mean, std=std, statistics_from=source, **data._asdict())
 
 
 def _generate_synthetic(classes: int, train_size: int | None, test_size: int | None) -> Arrays:

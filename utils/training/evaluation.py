@@ -1,7 +1,7 @@
 """Scoring a network on a whole set, exactly."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import nn
 
 from utils import log
 from utils.checkpoint.resume import LoadedCheckpoint
+from utils.data.datasets import Dataset
 from utils.data.image_set import ImageSet
 from utils.distributed.comm import Comm
 from utils.errors import TrainingError
@@ -18,6 +19,7 @@ from utils.metrics.meter import Meter, Metrics
 from utils.metrics.progress import ProgressBar
 from utils.metrics.step_times import StepTimes
 from utils.runtime.precision import forward_loss
+from utils.training.checkpoint_data import describe_scoring, log_read_as
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def evaluate_checkpoint(
     evaluator: Evaluator,
     images: ImageSet,
     loaded: LoadedCheckpoint | None,
-    classes: Sequence[str],
+    dataset: Dataset,
     per_class: bool,
 ) -> None:
     """Score the network of a checkpoint and print what has come out.
@@ -105,23 +107,24 @@ def evaluate_checkpoint(
         evaluator: Scores; the checkpoint's weights are in its network already.
         images: The test set.
         loaded: The checkpoint.
-        classes: The names of the classes.
+        dataset: The data set, with the statistics and classes of the checkpoint.
         per_class: Whether to print each class, and to draw the confusion matrix beside the file.
     """
     comm = evaluator.comm
-    confusion = Confusion(len(classes), comm.device) if per_class else None
+    confusion = Confusion(len(dataset.classes), comm.device) if per_class else None
     result = evaluator(images, confusion)
     if not comm.is_main_process or loaded is None:  # --evaluate always comes with a checkpoint.
         return
     content = loaded.content
     epoch = content.get("epoch", content.get("trained_epochs", "unknown"))
     log.info(f"{loaded.path}, after epoch {epoch}")
+    log_read_as(loaded)
+    log.info(f"scored on the {describe_scoring(dataset, len(images), 'test')}")
     if confusion:
-        log.info("\n".join(confusion.lines(classes)))
-        picture = loaded.path.parent / "confusion.png"
-        confusion.draw(classes, picture)
-        log.info(str(picture))
+        log.info("\n".join(confusion.lines(dataset.classes)))
     log.info(
         f"Test Loss: {result.loss:.8f}, Test Acc: {result.top1:.2f} "
         f"({round(result.top1 * result.images / 100)} of {result.images}), top5 {result.top5:.2f}"
     )
+    if confusion:  # The picture is an extra; the figures stand by now.
+        confusion.draw(dataset.classes, loaded.path.parent / "confusion.png")

@@ -10,12 +10,14 @@ from torch import nn
 
 from models import model_arguments
 from utils import log
-from utils.checkpoint.format import BEST, parse, read
+from utils.checkpoint.format import BEST, LATEST, parse, read
+from utils.checkpoint.history import is_best
 from utils.checkpoint.restore import load_model
 from utils.checkpoint.resume import LoadedCheckpoint
 from utils.checkpoint.train_state import TrainState
 from utils.config.schema import (
     WITHOUT_EFFECT,
+    Config,
     DataConfig,
     HardwareConfig,
     ModelConfig,
@@ -25,6 +27,8 @@ from utils.config.validation import warnings
 from utils.data.datasets import Dataset
 from utils.data.image_set import Splits
 from utils.distributed.comm import Comm
+from utils.errors import UserError, one_line
+from utils.training.checkpoint_data import describe_scoring, log_read_as
 from utils.training.evaluation import Evaluator
 from utils.training.plan import EpochPlan
 
@@ -103,8 +107,9 @@ def log_origin(
     if not loaded.content.get("optimizer"):
         text += " (it has no optimizer state: momentum starts at zero)"
     log.info(text)
+    log_read_as(loaded)
     for change in _changes(loaded.content, about):
-        log.note(change)
+        log.note(one_line(change, most=1000))
 
 
 def _changes(before: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
@@ -146,25 +151,77 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def log_end(state: TrainState, evaluator: Evaluator, splits: Splits, folder: Path) -> None:
+def log_finished(loaded: LoadedCheckpoint | None, config: Config) -> bool:
+    """Print that a run has nothing left to do, if so; return whether it has not.
+
+    The same command once more, as chains of jobs give it, is no mistake.
+
+    Args:
+        loaded: The checkpoint that would be continued.
+        config: The configuration.
+    """
+    run, train = config.run, config.train
+    if loaded is None or run.evaluate or run.estimate:
+        return False
+    content, asked = loaded.content, run.resume == "auto" and train.start_epoch is None
+    epoch = content.get("epoch", 0)
+    if not (asked or loaded.own) or epoch < train.epochs:
+        return False
+    options = content.get("options")
+    before = options if isinstance(options, dict) else {}
+    split = "validation" if before.get("val_split") else "test"
+    log.info(
+        f"finished: {loaded.path} has been trained for {epoch} epochs; Last acc: "
+        f"{content.get('acc', 0):.2f}, Best acc: {content.get('best_acc', 0):.2f} "
+        f"({_epoch_of(content.get('best_epoch', 0))}), on the {split} set of "
+        f"{content.get('dataset', 'an unknown data set')}"
+    )
+    if changed := _changed(before, config.options()):
+        log.note(one_line(f"other flags than its own have no effect: {', '.join(changed)}"))
+    return True
+
+
+def _epoch_of(number: int) -> str:
+    return f"epoch {number}" if number else "epoch not known"
+
+
+def log_end(
+    state: TrainState, evaluator: Evaluator, splits: Splits, dataset: Dataset, folder: Path
+) -> None:
     """Print last and best accuracy, each by its name; every rank must call this.
 
     With --val-split the two epochs were chosen on held-out images. The test set is used here for
     the first time.
+
+    Args:
+        state: Where the run has ended.
+        evaluator: Scores the network, which gets the weights of the best epoch.
+        splits: The sets.
+        dataset: The data set that they are of.
+        folder: The run folder.
     """
-    if splits.validation is splits.test:
-        log.info(f"\nLast acc: {state.acc:.2f} (epoch {state.epoch}, test set)")
-        log.info(
-            f"Best acc: {state.best_acc:.2f} (epoch {state.best_epoch}, chosen on the test set)"
-        )
-        return
-    last = evaluator(splits.test)
-    path = folder / BEST
-    content = evaluator.comm.broadcast_bytes(lambda: read(path))
-    load_model(evaluator.model, parse(content, path, "", False), path, "the network of this run")
-    best = evaluator(splits.test)
-    log.info(f"\nLast acc: {last.top1:.2f} (epoch {state.epoch}, test set)")
-    log.info(
-        f"Best acc: {best.top1:.2f} (epoch {state.best_epoch}, test set; chosen by validation "
-        f"accuracy {state.best_acc:.2f})"
-    )
+    path, comm = folder / BEST, evaluator.comm
+    last, best, chosen = state.acc, f"{state.best_acc:.2f}", "chosen on the test set"
+    content = _read_best(path, state) if comm.is_main_process else b""
+    if splits.validation is not splits.test:
+        last, best = evaluator(splits.test).top1, "not known"
+        chosen = f"test set; chosen by validation accuracy {state.best_acc:.2f}"
+        if weights := comm.broadcast_bytes(lambda: content):
+            checkpoint = parse(weights, path, "", trust=False)
+            load_model(evaluator.model, checkpoint, path, "the network of this run")
+            best = f"{evaluator(splits.test).top1:.2f}"
+    if not content:
+        chosen += f"; its weights are not in {folder}"
+    log.info(f"\nLast acc: {last:.2f} (epoch {state.epoch}, test set)")
+    log.info(f"Best acc: {best} ({_epoch_of(state.best_epoch)}, {chosen})")
+    files = f"{folder / LATEST}{f' and {BEST}' if content else ''}"
+    log.info(f"of {files}, on the {describe_scoring(dataset, len(splits.test), 'test')}")
+
+
+def _read_best(path: Path, state: TrainState) -> bytes:
+    """Return the file with the weights of the best epoch; nothing where they are not in it."""
+    try:
+        content = read(path)
+        return content if is_best(parse(content, path, "", trust=False), state) else b""
+    except UserError:
+        return b""

@@ -46,7 +46,7 @@ def test_a_file_of_another_program_is_weights_without_words(tmp_path):
 
     save_file({name: t.contiguous() for name, t in WEIGHTS.items()}, tmp_path / "x")
     state = load(tmp_path / "x")
-    assert state.keys() == {"state_dict", "weights_alone"}
+    assert state.keys() == {"state_dict", "weights_alone", "read_as"}
     save_file({"a": torch.ones(1)}, tmp_path / "x", metadata={"format": "pt"})
     assert "format" not in load(tmp_path / "x")
 
@@ -55,11 +55,11 @@ def test_a_file_of_another_program_is_weights_without_words(tmp_path):
     "about",
     [{"epoch": 3}, {"trained_epochs": "x"}, {"memory_format": []},
      {"classes": "cat"}, {"classes": [1]}, {"mean": [0.5]}, {"std": [1.0, 1.0, 0.0]},
-     {"mean": [0.5, 0.5, float("nan")]}, {"dataset": "cifar10"}],
+     {"mean": [0.5, 0.5, float("nan")]}, {"dataset": 3}],
 )  # fmt: skip
 def test_words_that_make_no_sense_are_refused(tmp_path, about):
     (tmp_path / "x").write_bytes(pack(WEIGHTS, about))
-    with pytest.raises(UserError, match="not a readable checkpoint"):
+    with pytest.raises(UserError, match=r"not a readable checkpoint|its '\w+' is .*, which is no"):
         load(tmp_path / "x")
 
 

@@ -1,0 +1,104 @@
+"""The files of a run folder when a run goes on in it: none is lost, and each is what its name says.
+
+A run may go back to an earlier save, by ``--resume FILE`` or ``--start-epoch``, and its best epoch
+may lie in another folder. What would be replaced by that is kept in a folder beside it.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from utils import log
+from utils.checkpoint.format import BEST, DAMAGED, LATEST, PREVIOUS, load
+from utils.checkpoint.resume import LoadedCheckpoint
+from utils.checkpoint.train_state import TrainState
+from utils.errors import UserError
+from utils.files import replace_by_link
+
+
+def keep_newer(
+    folder: Path, loaded: LoadedCheckpoint, state: TrainState, names: Sequence[str]
+) -> None:
+    """Keep the files of a run that goes back in its own folder, before it replaces them.
+
+    The newest checkpoint is then the one that the run goes on from, so that the next save pushes
+    no good one out. A damaged one stays under another name.
+
+    Args:
+        folder: The run folder, in which the checkpoint lies.
+        loaded: The checkpoint that the run goes on from.
+        state: Where it goes on.
+        names: The files of the run.
+    """
+    newest = folder / LATEST
+    content = _content(newest, loaded)
+    epoch, step = content.get("epoch", 0), content.get("step", 0)
+    goes_back = (epoch, step) > (state.epoch, state.step)
+    if goes_back:
+        kept = _keep(folder, names)
+        log.warning(
+            f"going back from epoch {epoch}{f', step {step}' if step else ''}: the newer files of "
+            f"{folder} are kept in {kept}"
+        )
+    elif content or not newest.exists():
+        return
+    else:
+        newest.replace(folder / DAMAGED)
+    if loaded.path.name != LATEST:
+        replace_by_link(loaded.path, newest)
+    if goes_back and loaded.path.name != PREVIOUS:
+        (folder / PREVIOUS).unlink(missing_ok=True)
+
+
+def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState) -> None:
+    """Let model_best.pth.tar hold the weights of the best epoch so far, or be missing.
+
+    Where the folder has others under that name, those of another start or of an epoch that is
+    trained again, they are kept elsewhere.
+
+    Args:
+        folder: The run folder.
+        loaded: The checkpoint that the run goes on from.
+        state: Where it goes on, and what its best epoch was.
+    """
+    best = folder / BEST
+    places = (best, loaded.path, loaded.path.parent / BEST)
+    found = next((p for p in places if is_best(_content(p, loaded), state)), None)
+    if found == best or (found is None and state.best_acc > 0 and not state.best_epoch):
+        return  # An older script has named no epoch; only a better one replaces the file.
+    if best.exists():
+        kept = _keep(folder, [BEST])
+        log.warning(f"{best} is not of the best epoch so far: kept in {kept}")
+        best.unlink()
+    if found:
+        replace_by_link(found, best)
+
+
+def is_best(content: Mapping[str, Any], state: TrainState) -> bool:
+    """Return whether a checkpoint holds the weights of the best epoch so far."""
+    return (
+        bool(state.best_epoch or state.best_acc)
+        and content.get("acc") == state.best_acc
+        and state.best_epoch in (0, content.get("epoch"))
+        and not content.get("step")
+    )
+
+
+def _content(path: Path, loaded: LoadedCheckpoint) -> dict[str, Any]:
+    """Return what a checkpoint holds; nothing where it is missing or no good one."""
+    try:
+        return loaded.content if path == loaded.path else load(path)
+    except UserError:
+        return {}
+
+
+def _keep(folder: Path, names: Sequence[str]) -> Path:
+    """Give files of a run folder a second name in a new folder in it, which is returned."""
+    number = 1
+    while (kept := folder / f"replaced-{number}").exists():
+        number += 1
+    kept.mkdir()
+    for name in names:
+        if (folder / name).exists():
+            replace_by_link(folder / name, kept / name)
+    return kept
