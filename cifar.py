@@ -116,9 +116,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     run_log.close()
     if config.run.trace:
         loop.times.write(Path(config.run.trace), comm)  # all-reduce
-    summary.log_end(  # broadcast, all-reduces: with --val-split
-        state, evaluator, splits, dataset, folder
-    )
+    summary.log_end(state, evaluator, splits, dataset, folder)  # --val-split: all-reduces
 
 
 if __name__ == "__main__":
