@@ -1,6 +1,10 @@
 """The exceptions that have a meaning for the user, and the exit codes that they stand for."""
 
+import contextlib
+import io
 import os
+import select
+import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
@@ -15,6 +19,8 @@ P = ParamSpec("P")
 CRASHED, BAD_INPUT, FAILED, RUN_AGAIN, INTERRUPTED = 1, 2, 3, 75, 130
 # A worker that ends with one of these has said why, and starting it again would not help.
 EXPLAINED = BAD_INPUT, FAILED, RUN_AGAIN
+# What a shell reports of a tool whose output nobody reads any more, as of ``| head``.
+_READER_GONE = 128 + signal.SIGPIPE
 
 
 def one_line(text: str, most: int = 400) -> str:
@@ -61,8 +67,20 @@ def require_packages(flag: str, *packages: str) -> None:
         raise UserError(f"{flag}: needs {missing}; install with 'pip install {missing}'")
 
 
+def escape_unprintable() -> None:
+    """Let standard output escape the characters that the encoding of the terminal lacks.
+
+    The name of a folder or a class must not end what prints it. Standard error does so by itself.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        with contextlib.suppress(OSError, ValueError):  # It is full or closed; printing will tell.
+            sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def command(main: Callable[P, int]) -> Callable[P, int]:
     """Turn bad input into one line and Ctrl-C into no traceback, and both into an exit code.
+
+    A reader of standard output that has gone away, as of ``| head``, ends the command in silence.
 
     Args:
         main: The function of a command, which returns an exit code.
@@ -73,6 +91,7 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
 
     @wraps(main)
     def run(*args: P.args, **kwargs: P.kwargs) -> int:
+        escape_unprintable()
         try:
             return main(*args, **kwargs)
         except UserError as error:
@@ -84,8 +103,30 @@ def command(main: Callable[P, int]) -> Callable[P, int]:
         except KeyboardInterrupt:
             print("\ninterrupted", file=sys.stderr)
             return INTERRUPTED
+        except BrokenPipeError:
+            if not _reader_has_gone():  # It was another pipe.
+                raise
+            return _READER_GONE
+        finally:
+            _reader_has_gone()  # What is left would fail at the end of the process, with a message.
 
     return run
+
+
+def _reader_has_gone() -> bool:
+    """Return whether nobody reads standard output; what is left to print then leads nowhere."""
+    try:
+        sys.stdout.flush()
+        output = select.poll()
+        output.register(sys.stdout, 0)  # It tells of errors whatever it is asked for.
+        gone = bool(output.poll(0))
+    except BrokenPipeError:
+        gone = True
+    except (AttributeError, OSError, ValueError):  # It is closed, or no file at all, or full.
+        gone = False
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 class TrainingError(Exception):

@@ -7,6 +7,9 @@ lines. What ends a run is another matter; utils/runtime/exit_codes.py prints it 
 import logging
 import os
 import sys
+from functools import cache
+
+from utils.errors import escape_unprintable, one_line
 
 _logger = logging.getLogger("cifar")
 
@@ -44,6 +47,12 @@ def warning(text: str) -> None:
     _logger.warning("warning: %s", text)
 
 
+@cache
+def warning_once(text: str) -> None:
+    """Print a warning, as one line, unless this process has tried to print the same before."""
+    warning(one_line(text))
+
+
 def note(text: str) -> None:
     """Print a line that begins with ``note:``."""
     _logger.info("note: %s", text)
@@ -55,10 +64,15 @@ def draws_progress() -> bool:
 
 
 def open_streams() -> None:
-    """Let a standard stream that was closed from the start lead nowhere; Python has None for it."""
+    """Make the standard streams such that printing to them ends nothing.
+
+    One that was closed from the start, for which Python has None, leads nowhere. Standard output
+    escapes what its encoding lacks.
+    """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
             descriptor = os.open(os.devnull, os.O_RDWR)  # mostly the number itself
             if descriptor != number:
                 os.dup2(descriptor, number)
             setattr(sys, name, open(number, "w" if number else "r", closefd=False))  # noqa: SIM115
+    escape_unprintable()
