@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from utils import log
 from utils.distributed.comm import Comm
+from utils.errors import reason_of
 from utils.files import write_text
 
 
@@ -59,7 +61,10 @@ class StepTimes:
         return time.perf_counter()
 
     def write(self, path: Path, comm: Comm) -> None:
-        """Write what has been kept as JSON; every rank must call this."""
+        """Write what has been kept as JSON, or warn that it cannot; every rank must call this.
+
+        The training is finished and saved by then.
+        """
         losses: list[float] = []
         if self.losses:  # A run may have been finished already.
             sums = comm.all_reduce_sum_(torch.stack(self.losses))
@@ -74,7 +79,10 @@ class StepTimes:
             "peak_memory": _peak_memory(comm.device),
         }
         if comm.is_main_process:
-            write_text(path, json.dumps(record))
+            try:
+                write_text(path, json.dumps(record))
+            except OSError as error:
+                log.warning(f"--trace {path}: cannot be written ({reason_of(error)})")
 
 
 def _peak_memory(device: torch.device) -> int:
