@@ -3,6 +3,7 @@
 utils/distributed/ddp.py has the same methods in the same order; no other file knows an engine.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -68,8 +69,9 @@ class HorovodComm(Comm):
         hvd.init()
         if hvd.rank() == 0 and TERMINAL_VARIABLE in os.environ:
             # horovodrun pipes its workers' output; the progress bar needs the terminal itself.
-            terminal = os.open(os.environ[TERMINAL_VARIABLE], os.O_WRONLY | os.O_NOCTTY)
-            os.dup2(terminal, sys.stdout.fileno())
+            with contextlib.suppress(OSError):  # It may be another user's, or gone by now.
+                terminal = os.open(os.environ[TERMINAL_VARIABLE], os.O_WRONLY | os.O_NOCTTY)
+                os.dup2(terminal, sys.stdout.fileno())
         if is_single_process(hvd.size()) and "HOROVOD_ELASTIC" not in os.environ:
             hvd.shutdown()
             return Comm()
