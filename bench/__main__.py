@@ -18,7 +18,8 @@ from utils.config.arg_types import ArgumentParser
 from utils.config.args import DATASETS
 from utils.config.recipes import find_recipe
 from utils.errors import BAD_INPUT, FAILED, UserError, command
-from utils.files import make_output, write_atomically, write_text
+from utils.files import make_output, write_text
+from utils.metrics.picture import draw_picture, try_drawing
 
 BENCHMARKS = {
     "loader": loader.run,
@@ -126,9 +127,7 @@ def write(
     results: Mapping[str, Result],
     seconds: Mapping[str, float],
 ) -> None:
-    """Write bench.json and bench.png."""
-    from matplotlib.figure import Figure  # This is slow; and pyplot would want a display.
-
+    """Write bench.json and bench.png; warn where the picture cannot be drawn."""
     benchmarks = {
         name: {
             "title": result.title,
@@ -141,13 +140,15 @@ def write(
     }
     text = json.dumps({"header": about, "benchmarks": benchmarks}, indent=1)
     write_text(folder / "bench.json", text)
-    figure = Figure(figsize=(10, 3.5 * len(results)), layout="constrained")
-    for axes, (name, result) in zip(
-        figure.subplots(len(results), squeeze=False)[:, 0], results.items(), strict=True
-    ):
-        result.draw(axes)
-        axes.set_title(name)
-    write_atomically(folder / "bench.png", lambda file: figure.savefig(file, format="png", dpi=100))
+
+    def fill(figure: Any) -> None:
+        for axes, (name, result) in zip(
+            figure.subplots(len(results), squeeze=False)[:, 0], results.items(), strict=True
+        ):
+            result.draw(axes)
+            axes.set_title(name)
+
+    try_drawing(lambda: draw_picture(folder / "bench.png", fill, (10, 3.5 * len(results))))
 
 
 if __name__ == "__main__":

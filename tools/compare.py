@@ -30,8 +30,9 @@ from tools.commands import engine_command
 from utils.checkpoint.format import LATEST, load
 from utils.config.recipes import Recipe, find_recipe
 from utils.errors import BAD_INPUT, FAILED, UserError, command
-from utils.files import ROOT, make_output, write_atomically, write_text
+from utils.files import ROOT, make_output, write_text
 from utils.launch.commands import has_horovod
+from utils.metrics.picture import draw_picture, try_drawing
 
 ONE_PROCESS = "one process"
 ENGINES = (ONE_PROCESS, "dist", "horovod")
@@ -196,28 +197,31 @@ def table(summary: Mapping[str, Any]) -> str:
 
 
 def draw(variants: Mapping[str, Variant], summary: Mapping[str, Any], picture: Path) -> None:
-    """Draw the loss per step, its difference from one process, and what takes the time."""
-    from matplotlib.figure import Figure  # Slow to import.
+    """Draw the loss per step, its difference from one process, and what takes the time.
 
-    figure = Figure(figsize=(13, 4), layout="constrained")
-    loss, difference, time = figure.subplots(1, 3)
-    base = variants[ONE_PROCESS]
-    for style, (engine, variant) in zip(("-", "--", ":"), variants.items(), strict=False):
-        loss.plot(variant.trace["loss"], style, label=engine)
-        if engine != ONE_PROCESS:
-            differences = _loss_differences(variant, base)
-            difference.semilogy([max(gap, 1e-17) for gap in differences], label=engine)
-    loss.set(xlabel="step", ylabel="loss")
-    difference.set(xlabel="step", ylabel="difference from one process")
-    left = [0.0] * len(variants)
-    for part in ("data", "compute", "communication"):
-        parts = [100 * numbers[f"share_{part}"] for numbers in summary["engines"].values()]
-        time.barh(list(variants), parts, left=left, label=part)
-        left = [a + b for a, b in zip(left, parts, strict=True)]
-    time.set(xlabel="share of a step, %")
-    for axes in (loss, difference, time):
-        axes.legend(fontsize="small")
-    write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=100))
+    A picture that cannot be drawn is a warning.
+    """
+
+    def fill(figure: Any) -> None:
+        loss, difference, time = figure.subplots(1, 3)
+        base = variants[ONE_PROCESS]
+        for style, (engine, variant) in zip(("-", "--", ":"), variants.items(), strict=False):
+            loss.plot(variant.trace["loss"], style, label=engine)
+            if engine != ONE_PROCESS:
+                differences = _loss_differences(variant, base)
+                difference.semilogy([max(gap, 1e-17) for gap in differences], label=engine)
+        loss.set(xlabel="step", ylabel="loss")
+        difference.set(xlabel="step", ylabel="difference from one process")
+        left = [0.0] * len(variants)
+        for part in ("data", "compute", "communication"):
+            parts = [100 * numbers[f"share_{part}"] for numbers in summary["engines"].values()]
+            time.barh(list(variants), parts, left=left, label=part)
+            left = [a + b for a, b in zip(left, parts, strict=True)]
+        time.set(xlabel="share of a step, %")
+        for axes in (loss, difference, time):
+            axes.legend(fontsize="small")
+
+    try_drawing(lambda: draw_picture(picture, fill, (13, 4)))
 
 
 if __name__ == "__main__":

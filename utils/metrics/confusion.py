@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from utils.distributed.comm import Comm
-from utils.files import write_atomically
+from utils.errors import one_line
+from utils.metrics.picture import draw_picture, try_drawing
 
 
 class Confusion:
@@ -46,21 +48,25 @@ class Confusion:
             line += f", most often taken for {names[worst]} ({int(counts[worst])})"
         return line
 
-    def draw(self, names: Sequence[str], picture: Path) -> None:
-        """Draw the matrix, each row in per cent of its class."""
-        from matplotlib.figure import Figure  # Slow to import.
+    def draw(self, names: Sequence[str], picture: Path) -> bool:
+        """Draw the matrix, each row in per cent of its class, or warn that it cannot be drawn.
 
-        counts = self.counts.cpu().double()
-        shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+        Returns:
+            Whether the picture is there.
+        """
         size = 4 + 0.12 * len(names)
-        figure = Figure(figsize=(size + 1, size), layout="constrained")
-        axes = figure.subplots()
-        image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=100)
-        figure.colorbar(image, label="% of the class")
-        ticks = range(len(names))
-        font = max(3, 10 - len(names) // 14)
-        axes.set_xticks(ticks, names, rotation=90, fontsize=font)
-        axes.set_yticks(ticks, names, fontsize=font)
-        axes.set_xlabel("predicted")
-        axes.set_ylabel("true")
-        write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=120))
+
+        def fill(figure: Any) -> None:
+            counts = self.counts.cpu().double()
+            shares = 100 * counts / counts.sum(1, keepdim=True).clamp(min=1)
+            axes = figure.subplots()
+            image = axes.imshow(shares.numpy(), cmap="viridis", vmin=0, vmax=100)
+            figure.colorbar(image, label="% of the class")
+            ticks, labels = range(len(names)), [one_line(name) for name in names]
+            font = max(3, 10 - len(names) // 14)
+            axes.set_xticks(ticks, labels, rotation=90, fontsize=font)
+            axes.set_yticks(ticks, labels, fontsize=font)
+            axes.set_xlabel("predicted")
+            axes.set_ylabel("true")
+
+        return try_drawing(lambda: draw_picture(picture, fill, (size + 1, size), dpi=120))

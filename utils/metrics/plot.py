@@ -4,12 +4,16 @@
 """
 
 import argparse
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from utils.errors import UserError
-from utils.files import write_atomically
-from utils.metrics.run_log import LOG_COLUMNS
+from utils import log
+from utils.errors import UserError, command, one_line, reason_of
+from utils.files import make_output
+from utils.metrics.picture import draw_picture
+from utils.metrics.run_log import parse_log
 
 PANELS = (("loss", "Train Loss", "Valid Loss"), ("accuracy, %", "Train Acc.", "Valid Acc."))
 
@@ -21,47 +25,78 @@ def read_log(path: Path) -> dict[str, list[float]]:
         UserError: The file is missing or is no such log.
     """
     try:
-        names, *rows = [line.strip().split("\t") for line in path.read_text().splitlines()]
-        columns = zip(*[[float(value) for value in row] for row in rows], strict=True)
-        table = dict(zip(names, map(list, columns), strict=True)) if rows else {}
+        return parse_log(path.read_text(encoding="utf-8").splitlines())
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a log.txt of a run: {error}") from error
-    if rows and not set(LOG_COLUMNS) <= set(table):
-        raise UserError(f"{path}: not a log.txt of a run: its columns are {', '.join(names)}")
-    return table
+        raise UserError(f"{path}: not a log.txt of a run: {reason_of(error)}") from error
 
 
 def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
-    """Draw loss and accuracy over epochs, a colour a run, training dashed; replaces the file."""
-    # Imported here because it is slow, and through Figure because pyplot wants a display.
-    from matplotlib.figure import Figure
+    """Draw loss and accuracy over epochs, a colour a run, training dashed; replaces the file.
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    for axes, (label, train, valid) in zip(figure.subplots(1, 2), PANELS, strict=True):
-        for number, (name, table) in enumerate(runs.items()):
-            epochs = range(1, len(table.get(train, [])) + 1)
-            prefix = f"{name} " if len(runs) > 1 else ""
-            style = {"color": f"C{number}", "marker": "." if len(epochs) < 30 else ""}
-            axes.plot(epochs, table.get(train, []), "--", label=prefix + "train", **style)
-            axes.plot(epochs, table.get(valid, []), "-", label=prefix + "valid", **style)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
-    write_atomically(picture, lambda file: figure.savefig(file, format="png", dpi=100))
+    Args:
+        runs: The columns of each run's log.txt, by the name of the run.
+        picture: The file.
+
+    Raises:
+        UserError: As ``draw_picture``.
+    """
+
+    def fill(figure: Any) -> None:
+        for axes, (label, train, valid) in zip(figure.subplots(1, 2), PANELS, strict=True):
+            for number, (name, table) in enumerate(runs.items()):
+                epochs = range(1, len(table[train]) + 1)
+                prefix = f"{one_line(name)} " if len(runs) > 1 else ""
+                if prefix.startswith("_"):  # A legend leaves such labels out.
+                    prefix = " " + prefix
+                style = {"color": f"C{number}", "marker": "." if len(epochs) < 30 else ""}
+                axes.plot(epochs, table[train], "--", label=prefix + "train", **style)
+                axes.plot(epochs, table[valid], "-", label=prefix + "valid", **style)
+            axes.set_xlabel("epoch")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+            axes.legend(fontsize="small")
+
+    draw_picture(picture, fill, (10, 4))
 
 
+def run_names(logs: Sequence[Path]) -> list[str]:
+    """Return a name for each run: as many last parts of its folder as tell it from the others.
+
+    Args:
+        logs: The log of each run, none twice. Where two lie in one folder, the file's name counts.
+    """
+    paths = [Path(os.path.abspath(path)) for path in logs]
+    folders = [path.parent for path in paths]
+    parts = [path.parts for path in (folders if len(set(folders)) == len(folders) else paths)]
+    return [
+        next(
+            str(Path(*own[-count:]))
+            for count in range(1, len(own) + 1)
+            if sum(other[-count:] == own[-count:] for other in parts) == 1
+        )
+        for own in parts
+    ]
+
+
+@command
 def main() -> int:
     """Overlay the logs that the command line names and return the exit code."""
     parser = argparse.ArgumentParser(description="Overlay the curves of several runs.")
     parser.add_argument("logs", nargs="+", type=Path, help="log.txt files")
     parser.add_argument("-o", "--output", type=Path, default=Path("compare.png"))
     arguments = parser.parse_args()
+    logs: dict[str, Path] = {}
+    for path in arguments.logs:
+        first = logs.setdefault(os.path.realpath(path), path)
+        if first is not path:
+            log.note(f"{path}: is {first}, which is drawn once")
+    tables = map(read_log, logs.values())
+    runs = dict(zip(run_names([*logs.values()]), tables, strict=True))
+    make_output(arguments.output.parent)
     try:
-        runs = {str(path.parent.name): read_log(path) for path in arguments.logs}
+        draw(runs, arguments.output)
     except UserError as error:
-        parser.error(str(error))
-    draw(runs, arguments.output)
+        raise UserError(f"-o {error}") from error
     print(arguments.output)
     return 0
 

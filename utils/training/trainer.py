@@ -2,7 +2,6 @@
 
 import math
 import time
-from pathlib import Path
 
 from utils import log
 from utils.checkpoint.manager import CheckpointManager
@@ -13,7 +12,8 @@ from utils.distributed.consistency import check_replicas
 from utils.distributed.signals import NOT_FINITE, NOTHING, STOP, SignalHandler
 from utils.errors import Interrupted, NotFinite, TrainingError
 from utils.launch.heartbeat import Heartbeat
-from utils.metrics.plot import draw, read_log
+from utils.metrics.picture import try_drawing
+from utils.metrics.plot import draw
 from utils.metrics.run_log import RunLog
 from utils.training.evaluation import Evaluator
 from utils.training.loop import TrainLoop
@@ -122,7 +122,8 @@ class Trainer:
         self.run_log.epoch(epoch + 1, rate, train, valid, train_seconds)
         self.checkpoints.save(state, is_best)
         if self.comm.is_main_process:
-            _draw_log(self.checkpoints.folder)
+            folder = self.checkpoints.folder
+            try_drawing(lambda: draw({folder.name: self.run_log.columns()}, folder / "log.png"))
 
     def _after_step(self, done: int) -> None:
         """Do what happens inside an epoch, on every rank, after ``done`` steps of it."""
@@ -174,11 +175,3 @@ class Trainer:
             raise TrainingError(
                 f"{self.checkpoints.path}: could not be written; what is there is an older state"
             )
-
-
-def _draw_log(folder: Path) -> None:
-    """Draw log.png; a disk that is full costs the picture only."""
-    try:
-        draw({folder.name: read_log(folder / "log.txt")}, folder / "log.png")
-    except OSError as error:
-        log.warning(f"{folder / 'log.png'} cannot be written ({error.strerror})")
