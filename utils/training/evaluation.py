@@ -126,5 +126,6 @@ def evaluate_checkpoint(
         f"Test Loss: {result.loss:.8f}, Test Acc: {result.top1:.2f} "
         f"({round(result.top1 * result.images / 100)} of {result.images}), top5 {result.top5:.2f}"
     )
-    if confusion:  # The picture is an extra; the figures stand by now.
-        confusion.draw(dataset.classes, loaded.path.parent / "confusion.png")
+    picture = loaded.path.parent / "confusion.png"
+    if confusion and confusion.draw(dataset.classes, picture):
+        log.info(str(picture))
