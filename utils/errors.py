@@ -3,6 +3,7 @@
 import contextlib
 import io
 import os
+import re
 import select
 import signal
 import sys
@@ -36,6 +37,28 @@ def one_line(text: str, most: int = 400) -> str:
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
     half = most // 2 - 2
     return line if len(line) <= most else f"{line[:half]}...{line[-half:]}"
+
+
+def without_secrets(text: str) -> str:
+    """Return a text in which no address tells more than scheme, host and path.
+
+    Addresses may hold a user name and a password, and signatures or tokens in their query or
+    fragment, of which ``?...`` is left. Brackets, quotes and commas after an address stay.
+
+    Args:
+        text: The text, with any number of http, https and ftp addresses in it.
+    """
+
+    def shorten(address: re.Match[str]) -> str:
+        # A password may hold a slash by mistake: what follows a colon is then no port.
+        whole = re.sub(r"^(?:[^/]*@|[^/@[]*:(?!\d*[/?#])[^@]*@)", "", address[2])
+        shown = re.split("[?#]", whole)[0]
+        query = whole[len(shown) :]
+        closing = query[len(query.rstrip("])}>'\"`,;:")) :]
+        return address[1] + shown + ("?..." if query else "") + closing
+
+    scheme = "(?:ht|f)tps?://"
+    return re.sub(rf"({scheme})((?:(?!{scheme})\S)*)", shorten, text, flags=re.IGNORECASE)
 
 
 def reason_of(error: BaseException) -> str:

@@ -1,9 +1,11 @@
 """A download of one file over HTTP after which it is either complete and right, or not there.
 
 The file grows under a temporary ``.part`` name, is continued after an interruption, checked
-against its md5 and only then renamed.
+against its md5 and only then renamed. An address may hold a password or a signature, so messages
+show it by ``without_secrets``.
 """
 
+import base64
 import errno
 import hashlib
 import math
@@ -17,14 +19,14 @@ import urllib.parse
 import urllib.request
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from http.client import HTTPException
+from http.client import HTTPException, InvalidURL
 from pathlib import Path
 from typing import Any
 
 from progress.bar import Bar
 
 from utils import log
-from utils.errors import UserError, one_line, reason_of
+from utils.errors import UserError, one_line, reason_of, without_secrets
 
 # Seconds without news from the server.
 TIMEOUT = 30.0
@@ -49,7 +51,7 @@ class _NoDowngrade(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str):  # type: ignore[no-untyped-def]
         allowed = ("https",) if req.type == "https" else ("http", "https")
         if urllib.parse.urlsplit(newurl).scheme not in allowed:
-            raise _WrongFile(f"redirects from {req.type} to {newurl}")
+            raise _WrongFile(f"redirects from {req.type} to {without_secrets(newurl)}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
@@ -79,7 +81,7 @@ def download(urls: Sequence[str], path: Path, md5: str) -> None:
     part = path.with_name(path.name + ".part")
     failures = []
     for url in urls:
-        log.info(one_line(f"downloading {url}"))
+        log.info(one_line(f"downloading {without_secrets(url)}"))
         try:
             _fetch(url, part, md5)
             os.replace(part, path)
@@ -90,7 +92,7 @@ def download(urls: Sequence[str], path: Path, md5: str) -> None:
                     f"{part}: cannot be written ({_reason(error)}); make room there and start "
                     "again, or name another folder with --data"
                 ) from error
-            failures.append(f"{url}: {_reason(error)}")
+            failures.append(f"{without_secrets(url)}: {_reason(error)}")
             log.warning(one_line(failures[-1]))
     raise UserError(
         f"no download of {path.name} ({'; '.join(failures)}): name a mirror with --data-url URL, "
@@ -111,6 +113,8 @@ def _reason(error: Exception) -> str:
         return f"answered {error.code} {error.reason}"
     if isinstance(error, urllib.error.URLError):
         return _reason(error.reason) if isinstance(error.reason, OSError) else str(error.reason)
+    if isinstance(error, (InvalidURL, ValueError)):
+        return "not a valid address"  # Their own words repeat parts of it, a password perhaps.
     return reason_of(error)
 
 
@@ -138,7 +142,7 @@ def _fetch(url: str, part: Path, md5: str) -> None:
             farthest = max(farthest, size)
             if fruitless == ATTEMPTS or not _is_transient(error):
                 raise
-            log.warning(one_line(f"{url}: {_reason(error)}; trying again"))
+            log.warning(one_line(f"{without_secrets(url)}: {_reason(error)}; trying again"))
             time.sleep(PAUSE * fruitless)
 
 
@@ -146,13 +150,13 @@ def _is_transient(error: Exception) -> bool:
     """Return whether the same request may bring more a moment later."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500 or error.code in (408, 416, 429)
-    return not _is_disk_error(error)
+    return not (_is_disk_error(error) or isinstance(error, InvalidURL))
 
 
 def _fetch_once(url: str, part: Path) -> None:
     """Append to ``part`` what one connection brings, or write it anew."""
     have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"User-Agent": "cifar-allreduce"})
+    request = _request_for(url)
     if have:
         request.add_header("Range", f"bytes={have}-")
     answer = _ask(request)
@@ -179,6 +183,22 @@ def _fetch_once(url: str, part: Path) -> None:
         raise _WrongFile(f"sends more than {MAX_BYTES:,} bytes")
     if total is not None and have < total:
         raise OSError(f"connection broke off after {have:,} of {total:,} bytes")
+
+
+def _request_for(url: str) -> urllib.request.Request:
+    """Return the request for an address; a user and password in it become a header.
+
+    The header goes to this server alone and not to where it redirects.
+    """
+    parts = urllib.parse.urlsplit(url)
+    user, at, host = parts.netloc.rpartition("@")
+    if at:
+        url = parts._replace(netloc=host).geturl()
+    request = urllib.request.Request(url, headers={"User-Agent": "cifar-allreduce"})
+    if at:
+        encoded = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+        request.add_unredirected_header("Authorization", f"Basic {encoded}")
+    return request
 
 
 def _ask(request: urllib.request.Request) -> Iterator[Any]:

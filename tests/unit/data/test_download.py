@@ -29,12 +29,14 @@ class Server:
     def __init__(self, content: bytes) -> None:
         self.content = content
         self.requests: list[tuple[str, str | None]] = []
+        self.passwords: list[str | None] = []
         self.stopped = threading.Event()
         server = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self):
                 server.requests.append((self.path, self.headers.get("Range")))
+                server.passwords.append(self.headers.get("Authorization"))
                 getattr(server, self.path.strip("/").split("/")[0])(self)
 
             def log_message(self, *_):
@@ -143,6 +145,17 @@ class Server:
 
     def loop(self, handler):
         self.answer(handler, b"", 302, Location=self.url + "/loop")
+
+    def elsewhere(self, handler):
+        """Leads to where a user and password must not be sent, even if that is the same server."""
+        self.answer(handler, b"", 302, Location=self.url + "/good/file?token=SECRET")
+
+    def protected(self, handler):
+        """Wants "user" with "pass word" once, whose base64 this is."""
+        if handler.headers.get("Authorization") == "Basic dXNlcjpwYXNzIHdvcmQ=":
+            self.elsewhere(handler)
+        else:
+            self.answer(handler, b"", 401)
 
     def ftp(self, handler):
         self.answer(handler, b"", 302, Location="ftp://127.0.0.1/file")
@@ -270,6 +283,39 @@ def test_what_a_server_does_wrong_is_said(
     assert all(line.startswith(("downloading ", "warning: ")) for line in lines)
     kept = {f"{NAME}.part"} if "seconds" in said else set()
     assert kept.issuperset(left_in(tmp_path / "d"))
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("user:SECRET@HOST/missing/file?SECRET#SECRET", "HOST/missing/file?..."),
+        ("HOST/too_short/f?X-Amz-Signature=SECRET", "HOST/too_short/f?..."),
+        ("HOST/ftp/file?SECRET", "HOST/ftp/file?..."),
+        ("user:SECRET/SECRET@HOST/file", "HOST/file: not a valid address"),
+        ("SECRET@HOST:port/file", "HOST:port/file: not a valid address"),
+        ("user:SECRET@[HOST/file", "not a valid address"),
+    ],
+)
+def test_no_secret_of_an_address_is_shown(server, cifar10, tmp_path, capsys, address, shown):
+    scheme, host = server.url.split("//")
+    url = f"{scheme}//{address.replace('HOST', host)}"
+    with pytest.raises(UserError) as caught:
+        load_dataset("cifar10", tmp_path / "d", urls=[url], md5=cifar10[1])
+    said = str(caught.value) + capsys.readouterr().out
+    assert shown.replace("HOST", host) in said
+    assert "SECRET" not in said
+
+
+def test_a_user_and_password_are_sent_to_the_address_alone(server, cifar10, tmp_path, capsys):
+    scheme, host = server.url.split("//")
+    url = f"{scheme}//user:pass%20word@{host}/protected/file?SECRET"
+    load_dataset("cifar10", tmp_path / "d", urls=[url], md5=cifar10[1])
+    assert [path for path, _ in server.requests] == [
+        "/protected/file?SECRET",
+        "/good/file?token=SECRET",
+    ]
+    assert server.passwords == ["Basic dXNlcjpwYXNzIHdvcmQ=", None]
+    assert capsys.readouterr().out == f"downloading {server.url}/protected/file?...\n"
 
 
 def test_the_next_mirror_is_tried(server, cifar10, tmp_path):
