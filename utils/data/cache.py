@@ -44,12 +44,19 @@ def load_or_build(
     if cached is not None:
         return cached
     with _locked(root / ".lock"):
-        cached = read_cache(path, fingerprint, explain=True)  # Another process may have built it.
-        if cached is None:
-            data = build()
-            cached = data, measure_statistics(data.train_images)
-            write_cache(path, fingerprint, *cached)
-    return cached
+        why = ""
+        try:
+            return _parse_cache(path, fingerprint)  # Another process may have built it.
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except Exception as error:  # A damaged file can bring about nearly anything.
+            why = reason_of(error)
+        data = build()
+        cached = data, measure_statistics(data.train_images)
+        if why:
+            log.note(one_line(f"{path} is made again ({why})"))
+        write_cache(path, fingerprint, *cached)
+        return cached
 
 
 def measure_statistics(images: np.ndarray) -> Statistics:
@@ -66,37 +73,35 @@ def measure_statistics(images: np.ndarray) -> Statistics:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def read_cache(
-    path: Path, fingerprint: str, explain: bool = False
-) -> tuple[Arrays, Statistics] | None:
+def read_cache(path: Path, fingerprint: str) -> tuple[Arrays, Statistics] | None:
     """Read a cache file.
 
     Args:
         path: The cache file.
         fingerprint: What the arrays must have been made from.
-        explain: Print a line that says why a file that is there is of no use.
 
     Returns:
         The arrays and their statistics, or None where the file is missing, damaged, or made from
         other data.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
-            meta = json.loads(bytes(file["meta"]))
-            if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, fingerprint):
-                raise ValueError("made from other data or by another version")
-            arrays = [file[name] for name in _ARRAY_NAMES]
-            # Checksums are compared at a member's end, so each must have been read to its end.
-            if [[a.dtype.str, list(a.shape)] for a in arrays] != meta["arrays"]:
-                raise ValueError("damaged")
-            mean, std = (tuple(values) for values in meta["statistics"])
-            return Arrays._make([*arrays, tuple(meta["classes"])]), (mean, std)
-    except (FileNotFoundError, NotADirectoryError):
+        return _parse_cache(path, fingerprint)
+    except Exception:  # A damaged file can bring about nearly anything.
         return None
-    except Exception as error:  # A damaged file can bring about nearly anything.
-        if explain:
-            log.note(one_line(f"{path} is made again ({reason_of(error)})"))
-        return None
+
+
+def _parse_cache(path: Path, fingerprint: str) -> tuple[Arrays, Statistics]:
+    """Read a cache file, or raise any exception that says why it is of no use."""
+    with np.load(path, allow_pickle=False) as file:
+        meta = json.loads(bytes(file["meta"]))
+        if (meta["version"], meta["fingerprint"]) != (CACHE_VERSION, fingerprint):
+            raise ValueError("made from other data or by another version")
+        arrays = [file[name] for name in _ARRAY_NAMES]
+        # Checksums are compared at a member's end, so each must have been read to its end.
+        if [[a.dtype.str, list(a.shape)] for a in arrays] != meta["arrays"]:
+            raise ValueError("damaged")
+        mean, std = (tuple(values) for values in meta["statistics"])
+        return Arrays._make([*arrays, tuple(meta["classes"])]), (mean, std)
 
 
 def write_cache(path: Path, fingerprint: str, data: Arrays, statistics: Statistics) -> None:

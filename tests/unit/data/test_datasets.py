@@ -190,6 +190,18 @@ def test_a_cache_that_is_of_no_use_is_made_again(load, cache, damage):
     assert np.array_equal(again.train_images, data.train_images)
 
 
+def test_nothing_is_made_again_of_an_archive_that_is_refused(cache, tmp_path, capsys):
+    good = cache.read_bytes()
+    foreign = tmp_path / "foreign.tar.gz"
+    foreign.write_bytes(b"no archive")
+    md5 = hashlib.md5(b"no archive").hexdigest()
+    capsys.readouterr()
+    with pytest.raises(UserError, match="not a readable cifar-10-python"):
+        load_dataset("cifar10", tmp_path / "d", archive=foreign, md5=md5)
+    assert capsys.readouterr().out == ""
+    assert cache.read_bytes() == good
+
+
 def flips_in(content: bytes, name: str, count: int):
     """Contents with one bit flipped; some in the header of an array, which decides what is read."""
     stream = random.Random(0)
@@ -278,7 +290,7 @@ def test_a_changed_folder_of_images_is_decoded_again(tmp_path, capsys):
     capsys.readouterr()
     Image.new("RGB", (32, 32), (9, 9, 9)).save(tmp_path / "train" / "cat" / "1.png")
     assert len(load_dataset("folder", tmp_path).train_labels) == 2
-    line, *_ = capsys.readouterr().out.splitlines()
+    *_, line = capsys.readouterr().out.splitlines()
     assert "(made from other data or by another version)" in line
 
 

@@ -280,7 +280,7 @@ def test_a_cache_that_may_not_be_read_is_made_again(images):
     load_folder(images)
     cache = images / ".cache" / "folder.npz"
     cache.chmod(0)
-    note, _, count = load_without_powers(images)
+    _, note, count = load_without_powers(images)
     assert note == f"note: {cache} is made again (Permission denied)"
     assert count == "6"
     assert load_without_powers(images) == ["6"]
