@@ -1,7 +1,8 @@
-"""The official CIFAR-10 and CIFAR-100 archives, read in memory.
+"""The official CIFAR-10 and CIFAR-100 archives, and others in their layout, read in memory.
 
-Nothing is extracted, and no code in them is run. The data sets are those of Krizhevsky 2009,
-"Learning Multiple Layers of Features from Tiny Images".
+Nothing is extracted, and no code in them is run. Batches may be pickled by any Python and with any
+protocol, and labels may be an array. The data sets are those of Krizhevsky 2009, "Learning Multiple
+Layers of Features from Tiny Images".
 """
 
 import bz2
@@ -19,14 +20,15 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 
-from utils.errors import UserError
+from utils import log
+from utils.errors import UserError, one_line, reason_of
 
 # An archive unpacks to 187 MB, or to 268 MB if Python 3 has pickled its batches.
 _MAX_BYTES = 512 << 20
 # An archive has ten members.
 _MAX_HEADER_BYTES = 1 << 20
-# The largest batch has 50,000 names and twice as many labels.
-_MAX_OPCODES = 1 << 19
+# The largest batch has 50,000 names and twice as many labels, each of which may be a numpy scalar.
+_MAX_OPCODES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -115,19 +117,33 @@ def read_archive(path: Path, archive: Archive) -> Arrays:
 
 
 def read_folder(folder: Path, archive: Archive) -> Arrays | None:
-    """Read the folder that torchvision extracts; return None where a file is not the original.
+    """Read the folder that torchvision extracts, where all files in it are the original ones.
+
+    Returns:
+        The arrays, or None where there is no such folder or, as a line then says, a file in it is
+        missing or another.
 
     Raises:
         UserError: A file is the original and cannot be read all the same.
     """
+    if not folder.is_dir():
+        return None
     expected = {**archive.train, **archive.test, archive.meta[0]: archive.meta[1]}
     content = {}
     for name, md5 in expected.items():
         try:
             content[name] = (folder / name).read_bytes()
-        except OSError:
-            return None
-        if hashlib.md5(content[name], usedforsecurity=False).hexdigest() != md5:
+            found = hashlib.md5(content[name], usedforsecurity=False).hexdigest()
+            why = "" if found == md5 else f"is not the original, as its md5 is {found}, not {md5}"
+        except OSError as error:
+            why = f"cannot be read ({reason_of(error)})"
+        if why:
+            log.warning(
+                one_line(
+                    f"{folder / name} {why}, so the folder is not used; an archive of your own "
+                    "needs --data-archive FILE --data-md5 MD5"
+                )
+            )
             return None
     with _name_in_errors(folder, archive):
         return _read_batches(content, archive)
@@ -231,9 +247,9 @@ def _read_batches(content: dict[str, bytes], archive: Archive) -> Arrays:
 
 
 def _decode_class_names(names: Any) -> tuple[str, ...]:
-    if type(names) is not list or not all(type(name) is bytes for name in names):
+    if type(names) is not list or not all(type(name) in (bytes, str) for name in names):
         raise ValueError("the names of the classes are no list of names")
-    decoded = tuple(name.decode() for name in names)
+    decoded = tuple(name.decode() if type(name) is bytes else name for name in names)
     if not all(name.isprintable() for name in decoded):
         raise ValueError("the name of a class cannot be printed")
     return decoded
@@ -242,15 +258,23 @@ def _decode_class_names(names: Any) -> tuple[str, ...]:
 def _read_batch(content: bytes, archive: Archive, classes: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the images of a batch file, (N, 32, 32, 3) uint8, and its labels, (N,) int64."""
     batch = _unpickle(content)
-    pixels, numbers = batch[b"data"], batch[archive.labels]
-    if type(pixels) is not _Pixels or type(numbers) is not list:
-        raise ValueError("a batch holds no array of pixels or no list of labels")
-    if not all(type(number) is int and 0 <= number < classes for number in numbers):
-        raise ValueError(f"a label is none of 0 to {classes - 1}")
+    pixels = batch[b"data"]
+    if type(pixels) is not _Array or pixels.array.dtype != np.uint8:
+        raise ValueError("a batch holds no array of pixels, which are bytes")
+    shape = pixels.array.shape
+    if shape[1:] not in ((3072,), (3, 32, 32)):  # Others, such as (N, 32, 32, 3), are in disorder.
+        raise ValueError(f"the pixels of a batch have the shape {shape}, not (N, 3072)")
     images = pixels.array.reshape(-1, 3, 32, 32)
-    if not len(images) == len(numbers) > 0:
-        raise ValueError(f"a batch has {len(images)} images and {len(numbers)} labels")
-    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array(numbers, np.int64)
+    labels = batch[archive.labels]
+    if type(labels) is _Array and labels.array.shape == (len(images),):
+        labels = labels.array.tolist()
+    if type(labels) is not list:
+        raise ValueError("the labels of a batch are no list, and no array with one for each image")
+    if not len(images) == len(labels) > 0:
+        raise ValueError(f"a batch has {len(images)} images and {len(labels)} labels")
+    if not all(type(label) is int and 0 <= label < classes for label in labels):
+        raise ValueError(f"a label is none of 0 to {classes - 1}")
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)), np.array(labels, np.int64)
 
 
 def _unpickle(content: bytes) -> dict[bytes, Any]:
@@ -263,40 +287,77 @@ def _unpickle(content: bytes) -> dict[bytes, Any]:
 
 
 class _BatchUnpickler(pickle._Unpickler):
-    """Builds uint8 arrays and plain containers, nothing else: a pickle can otherwise run any code.
+    """Builds integer arrays and plain containers, for a pickle can otherwise run any code.
 
     Python's unpickler in C is faster, but it reserves as much memory as a damaged file names.
     """
 
     def __init__(self, content: bytes) -> None:
         super().__init__(io.BytesIO(content), encoding="bytes")
-        # Sets and old dicts would hash whatever they are given, and bytearrays reserve memory.
-        refused = (pickle.DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.BYTEARRAY8)
-        table = {c: load for c, load in self.dispatch.items() if bytes([c]) not in refused}
-        self.dispatch = _Opcodes(table | {pickle.EMPTY_DICT[0]: _load_dict})  # type: ignore[misc]
+        table = dict(self.dispatch)
+        for code in (pickle.EMPTY_SET, pickle.FROZENSET):  # They would hash whatever is in them.
+            del table[code[0]]
+        table[pickle.EMPTY_DICT[0]] = _load_empty_dict
+        table[pickle.DICT[0]] = _load_dict
+        table[pickle.BUILD[0]] = _load_state
+        # A bytearray would reserve memory for a length; bytes are as many as there are.
+        table[pickle.BYTEARRAY8[0]] = table[pickle.BINBYTES8[0]]
+        self.dispatch = _Opcodes(table)  # type: ignore[misc]
+        self._encodable = len(content)
 
     def find_class(self, module: str, name: str) -> Any:
         """Return a stand-in for what a batch asks for; numpy itself gets nothing to interpret."""
-        if module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            if name == "_reconstruct":
-                return _Pixels
-        elif (module, name) == ("numpy", "ndarray"):
-            return None  # A batch only names it, as the kind of an array.
-        elif (module, name) == ("numpy", "dtype"):
-            return _PixelType
-        elif (module, name) == ("_codecs", "encode"):
-            return self._encode_latin1
-        raise UserError(f"a batch in it asks for {module}.{name}, which no CIFAR batch needs")
+        wanted = module.replace("numpy._core.", "numpy.core."), name
+        stand_ins = {
+            ("numpy.core.multiarray", "_reconstruct"): _Array,
+            ("numpy.core.multiarray", "scalar"): self._read_scalar,
+            ("numpy.core.numeric", "_frombuffer"): self._read_buffer,
+            ("numpy", "ndarray"): None,  # A batch only names it, as the kind of an array.
+            ("numpy", "dtype"): _Kind,
+            ("_codecs", "encode"): self._encode_latin1,
+        }
+        if wanted not in stand_ins:
+            raise UserError(f"a batch in it asks for {module}.{name}, which no CIFAR batch needs")
+        return stand_ins[wanted]
+
+    def _read_scalar(self, kind: Any, content: Any) -> int:
+        return _array_of(content, kind).item()
+
+    def _read_buffer(self, content: Any, kind: Any, shape: Any, order: Any) -> "_Array":
+        array = _Array()
+        array.array = _array_of(content, kind).reshape(shape, order=order)
+        return array
 
     def _encode_latin1(self, text: str, encoding: str = "latin1") -> bytes:
         """Read bytes as Python 3 writes them into old pickles, which is only ever with latin1."""
         if encoding != "latin1":
             raise UserError(f"a batch in it asks for the encoding {encoding!r}")
+        self._encodable -= len(text)
+        if self._encodable < 0:  # A text may be asked for any number of times.
+            raise UserError("a batch in it unpacks to more than it holds")
         return text.encode("latin1")
 
 
-def _load_dict(unpickler: Any) -> None:
+def _load_empty_dict(unpickler: Any) -> None:
     unpickler.append(_Dict())
+
+
+def _load_dict(unpickler: Any) -> None:
+    """Load a dict as protocol 0 has it."""
+    entries = unpickler.pop_mark()
+    loaded = _Dict()
+    for key, value in zip(entries[::2], entries[1::2], strict=True):
+        loaded[key] = value
+    unpickler.append(loaded)
+
+
+def _load_state(unpickler: Any) -> None:
+    """Set the state of an array or its kind, and the attributes of nothing else."""
+    state = unpickler.stack.pop()
+    built = unpickler.stack[-1]
+    if type(built) not in (_Array, _Kind):
+        raise ValueError("a batch sets the state of something else than an array")
+    built.__setstate__(state)
 
 
 class _Opcodes(dict):
@@ -322,21 +383,27 @@ class _Dict(dict):
         super().__setitem__(key, value)
 
 
-class _PixelType:
-    """A stand-in for numpy's dtype of bytes."""
+class _Kind:
+    """A stand-in for numpy's dtype of an integer, which is then its ``dtype``."""
 
-    __slots__ = ()
+    __slots__ = ("code", "dtype")
 
     def __init__(self, code: Any, *_: Any) -> None:
-        if code not in ("u1", b"u1"):
-            raise ValueError("an array in a batch is none of bytes")
+        self.code = code.decode() if type(code) is bytes else code
+        if self.code not in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8"):
+            raise ValueError("an array in a batch is none of integers")
+        self.dtype = np.dtype(self.code)
 
     def __setstate__(self, state: Any) -> None:
-        """Ignore byte order and the like, which bytes do not have."""
+        """Take the byte order out of what numpy has written."""
+        order = state[1].decode() if type(state[1]) is bytes else state[1]
+        if order not in ("<", ">", "|", "="):
+            raise ValueError("an array in a batch has no byte order")
+        self.dtype = np.dtype(order + self.code)
 
 
-class _Pixels:
-    """A stand-in for an array of bytes, which is then its ``array``."""
+class _Array:
+    """A stand-in for an array of integers, which is then its ``array``."""
 
     __slots__ = ("array",)
 
@@ -345,7 +412,12 @@ class _Pixels:
 
     def __setstate__(self, state: Any) -> None:
         _, shape, kind, fortran, content = state
-        if type(kind) is not _PixelType:
-            raise ValueError("an array in a batch is none of bytes")
         order: Any = "F" if fortran else "C"
-        self.array = np.frombuffer(content, np.uint8).reshape(shape, order=order)
+        self.array = _array_of(content, kind).reshape(shape, order=order)
+
+
+def _array_of(content: Any, kind: Any) -> np.ndarray:
+    """Return the integers that are in bytes, without a copy."""
+    if type(kind) is not _Kind:
+        raise ValueError("an array in a batch is none of integers")
+    return np.frombuffer(content, kind.dtype)

@@ -1,6 +1,7 @@
 """The data sets, as uint8 arrays in memory."""
 
 import hashlib
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -190,18 +191,20 @@ def _load_cifar(
     given = Path(archive) if archive else None
     if given:
         if not given.is_file():
-            raise UserError(f"--data-archive {given}: no such file")
-        _check_md5(given, md5)
+            why = "is a folder; --data names the one above it" if given.is_dir() else "no such file"
+            raise UserError(f"--data-archive {given}: {why}")
+        _check_md5(f"--data-archive {given}", given, md5, "name another file")
 
     def build() -> Arrays:
         if given:
             return read_archive(given, known)
         path = root / known.file
         if path.exists():
-            _check_md5(path, md5)
+            _check_md5(str(path), path, md5, "remove it to download it again")
         elif (extracted := read_folder(root / known.folder, known)) is not None:
             return extracted
         else:
+            _check_not_extracted(root, known)
             addresses = [u + known.file if u.endswith("/") else u for u in urls]
             download([*addresses, SERVER + known.file], path, md5)
         return read_archive(path, known)
@@ -210,16 +213,27 @@ def _load_cifar(
     return data
 
 
-def _check_md5(path: Path, md5: str) -> None:
+def _check_not_extracted(root: Path, known: Archive) -> None:
+    """Raise a UserError where the folder of the data is the one that torchvision extracts."""
+    names = (*known.train, *known.test, known.meta[0])
+    if sum((root / name).is_file() for name in names) > 1:
+        path = Path(os.path.abspath(root))
+        rename = "" if path.name == known.folder else f", and let this one be named {known.folder}"
+        raise UserError(
+            f"--data {root}: is the extracted folder {known.folder} itself; name the folder above "
+            f"it, --data {path.parent}{rename}"
+        )
+
+
+def _check_md5(what: str, path: Path, md5: str, remedy: str) -> None:
     try:
         found = md5_of(path)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot be read ({error.strerror}); name another file with --data-archive, "
+            f"{what}: cannot be read ({error.strerror}); name another file with --data-archive, "
             "or another folder with --data"
         ) from error
     if found != md5:
         raise UserError(
-            f"{path}: its md5 is {found}, not {md5}; remove it to download it again, "
-            f"or accept it with --data-md5 {found}"
+            f"{what}: its md5 is {found}, not {md5}; {remedy}, or accept it with --data-md5 {found}"
         )

@@ -1,12 +1,16 @@
 """The official archives: right pixels from a good one, one line about any other, no harm done."""
 
 import gzip
+import hashlib
 import io
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +19,7 @@ import pytest
 from cifar import run
 from helpers.archives import FOLDER, batch, md5_of, members_of_cifar10, small_cifar10, write_archive
 from helpers.process import environment
+from utils.data import cifar_archive
 from utils.data.cifar_archive import ARCHIVES, read_archive, read_folder
 from utils.data.datasets import load_dataset
 from utils.distributed.comm import Comm
@@ -90,6 +95,51 @@ def test_a_batch_may_be_pickled_as_python_2_did(tmp_path):
     assert images[1, 0, :4, 0].tolist() == [0, 1, 2, 3]
 
 
+PIXELS = np.random.RandomState(0).randint(0, 256, (2, 3072)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+@pytest.mark.parametrize(
+    "labels",
+    [
+        [3, 9],
+        np.array([3, 9]),
+        *(np.array([3, 9], kind) for kind in (">i8", "<i4", ">u2", "u1", "i1", "<u8")),
+        np.array([[3, 0], [9, 0]])[:, 0],  # not contiguous
+        [np.int64(3), np.uint8(9)],
+    ],
+    ids=str,
+)
+def test_a_batch_may_be_pickled_as_any_python_does(tmp_path, protocol, labels):
+    """With any protocol, and labels as other programs leave them."""
+    planes = PIXELS.reshape(2, 3, 32, 32)
+    contents = {
+        "data_batch_1": {"data": PIXELS, "labels": labels},
+        "data_batch_2": {b"data": np.asfortranarray(PIXELS), b"labels": labels},
+        "data_batch_3": {"data": planes[::-1], "labels": labels, "batch_label": b"3"},
+        "batches.meta": {"label_names": [f"\xe9{i}" for i in range(10)]},
+    }
+    path = tmp_path / "own.tar.gz"
+    small_cifar10(path, **{name: pickle.dumps(c, protocol) for name, c in contents.items()})
+    data = read_archive(path, ARCHIVES["cifar10"])
+    expected = planes.transpose(0, 2, 3, 1)
+    assert np.array_equal(data.train_images[:6], [*expected, *expected, *expected[::-1]])
+    assert data.train_labels[:6].tolist() == [3, 9] * 3
+    assert data.train_labels.dtype == np.int64
+    assert data.classes[9] == "\xe99"
+
+
+def test_a_large_batch_of_scalars_and_a_buffer_behind_the_frame_are_read(tmp_path):
+    """Large buffers stand outside of the frames of protocol 5."""
+    path = tmp_path / "own.tar.gz"
+    count = 10_000
+    content = {"data": np.tile(PIXELS, (count // 2, 1)), "labels": list(np.arange(count) % 10)}
+    small_cifar10(path, data_batch_1=pickle.dumps(content, 5))
+    data = read_archive(path, ARCHIVES["cifar10"])
+    assert data.train_labels[:count].tolist() == [i % 10 for i in range(count)]
+    assert np.array_equal(data.train_images[count - 1], data.train_images[1])
+
+
 def test_the_digests_are_those_that_torchvision_knows():
     from torchvision.datasets import CIFAR10, CIFAR100
 
@@ -108,20 +158,67 @@ def test_the_digests_are_those_that_torchvision_knows():
 # --- others --------------------------------------------------------------------------------------
 
 
-def test_a_changed_file_in_an_extracted_folder_is_not_used(tmp_path):
+def test_an_extracted_folder_is_read_if_every_file_is_the_original(tmp_path, capsys):
+    members = members_of_cifar10()
+    digests = {name: hashlib.md5(content).hexdigest() for name, content in members.items()}
+    known = ARCHIVES["cifar10"]
+    archive = replace(
+        known,
+        train={name: digests[name] for name in known.train},
+        test={"test_batch": digests["test_batch"]},
+        meta=("batches.meta", digests["batches.meta"]),
+    )
     folder = tmp_path / FOLDER
+    assert read_folder(folder, archive) is None
+    assert capsys.readouterr().out == ""
     folder.mkdir()
-    for name in [*ARCHIVES["cifar10"].train, "test_batch", "batches.meta"]:
-        (folder / name).write_bytes(batch(5, 0))
-    assert read_folder(folder, ARCHIVES["cifar10"]) is None
+    for name, content in members.items():
+        (folder / name).write_bytes(content)
+    assert len(read_folder(folder, archive).train_labels) == 100
+    assert capsys.readouterr().out == ""
+    for spoil, why in (
+        (lambda path: path.write_bytes(batch(20, 0)), "is not the original, as its md5 is "),
+        (lambda path: path.unlink(), "cannot be read (No such file or directory), so the folder"),
+    ):
+        spoil(folder / "data_batch_3")
+        assert read_folder(folder, archive) is None
+        (line,) = capsys.readouterr().out.splitlines()
+        assert line.startswith(f"warning: {folder}/data_batch_3 {why}")
+        assert line.endswith("an archive of your own needs --data-archive FILE --data-md5 MD5")
 
 
-def test_the_wrong_archive_is_refused_with_both_digests(cifar10, tmp_path):
+@pytest.mark.parametrize("name", [FOLDER, "renamed"])
+def test_the_extracted_folder_itself_as_data_is_said(tmp_path, monkeypatch, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    for member, content in members_of_cifar10().items():
+        (folder / member).write_bytes(content)
+    monkeypatch.chdir(folder)
+    for root in (folder, "."):
+        with pytest.raises(UserError) as caught:
+            load_dataset("cifar10", root)
+        rename = "" if name == FOLDER else f", and let this one be named {FOLDER}"
+        assert str(caught.value) == (
+            f"--data {root}: is the extracted folder {FOLDER} itself; name the folder above it, "
+            f"--data {tmp_path}{rename}"
+        )
+    with pytest.raises(UserError, match="is a folder; --data names the one above it"):
+        load_dataset("cifar10", tmp_path, archive=folder)
+
+
+def test_the_wrong_archive_is_refused_with_both_digests_and_what_helps(cifar10, tmp_path):
     path, md5 = cifar10
-    with pytest.raises(UserError) as caught:
-        load_dataset("cifar10", tmp_path, archive=path)
-    assert md5 in str(caught.value)
-    assert ARCHIVES["cifar10"].md5 in str(caught.value)
+    shutil.copy(path, tmp_path / ARCHIVES["cifar10"].file)
+    for archive, shown, remedy in (
+        (path, f"--data-archive {path}", "name another file"),
+        (None, str(tmp_path / ARCHIVES["cifar10"].file), "remove it to download it again"),
+    ):
+        with pytest.raises(UserError) as caught:
+            load_dataset("cifar10", tmp_path, archive=archive)
+        assert str(caught.value) == (
+            f"{shown}: its md5 is {md5}, not {ARCHIVES['cifar10'].md5}; {remedy}, or accept it "
+            f"with --data-md5 {md5}"
+        )
 
 
 def damaged(content: bytes) -> dict[str, bytes]:
@@ -199,7 +296,8 @@ def pickled(**content) -> bytes:
     return pickle.dumps({key.encode(): value for key, value in content.items()}, protocol=2)
 
 
-PIXELS = np.zeros((2, 3072), np.uint8)
+def with_labels(labels) -> bytes:
+    return pickle.dumps({"data": PIXELS, "labels": labels}, protocol=5)
 
 
 @pytest.mark.parametrize(
@@ -211,13 +309,30 @@ PIXELS = np.zeros((2, 3072), np.uint8)
         ({"test_batch": pickled(data=PIXELS, labels=[0, [1]])}, "a label is none"),
         ({"test_batch": pickled(data=PIXELS, labels=[0])}, "2 images and 1 labels"),
         ({"test_batch": pickled(data=PIXELS[:0], labels=[])}, "asks for __builtin__.bytes"),
-        ({"test_batch": pickled(data=PIXELS.astype(float), labels=[0, 1])}, "none of bytes"),
+        ({"test_batch": pickled(data=PIXELS.astype(float), labels=[0, 1])}, "none of integers"),
+        ({"test_batch": pickled(data=PIXELS.astype(int), labels=[0, 1])}, "no array of pixels"),
+        ({"test_batch": pickled(data=PIXELS.reshape(2, 32, 32, 3), labels=[0, 1])}, "the shape"),
         ({"test_batch": pickled(data=[[0] * 3072] * 2, labels=[0, 1])}, "no array of pixels"),
-        ({"test_batch": pickled(data=PIXELS[:, :3000], labels=[0, 1])}, "reshape"),
+        ({"test_batch": pickled(data=PIXELS[:, :3000], labels=[0, 1])}, "the shape (2, 3000)"),
         ({"test_batch": pickled(labels=[0])}, "data"),
+        ({"test_batch": with_labels(np.array([0, 10]))}, "a label is none of 0 to 9"),
+        ({"test_batch": with_labels(np.array([0, -1], np.int8))}, "a label is none"),
+        ({"test_batch": with_labels(np.array([0, 1 << 63], np.uint64))}, "a label is none"),
+        ({"test_batch": with_labels([np.int64(0), np.int64(10)])}, "a label is none"),
+        ({"test_batch": with_labels([np.float32(0), np.float32(1)])}, "none of integers"),
+        ({"test_batch": with_labels(np.array([0.0, 1.0]))}, "none of integers"),
+        ({"test_batch": with_labels(np.array([False, True]))}, "none of integers"),
+        ({"test_batch": with_labels(np.array(["a", "b"]))}, "none of integers"),
+        ({"test_batch": with_labels(np.array([0, 1], object))}, "none of integers"),
+        ({"test_batch": with_labels(np.array([[0], [1]]))}, "labels of a batch are no list"),
+        ({"test_batch": with_labels(np.array(1))}, "labels of a batch are no list"),
+        ({"test_batch": with_labels(np.arange(3))}, "labels of a batch are no list"),
+        ({"test_batch": with_labels(bytes(2))}, "labels of a batch are no list"),
         ({"test_batch": pickle.dumps([1], protocol=2)}, "no dict"),
         ({"batches.meta": pickled(label_names=[b"\x1b[2J"] * 10)}, "cannot be printed"),
+        ({"batches.meta": pickled(label_names=["\x1b[2J"] * 10)}, "cannot be printed"),
         ({"batches.meta": pickled(label_names=b"abcdefghij")}, "no list of names"),
+        ({"batches.meta": pickled(label_names=[b"a"] * 9 + [1])}, "no list of names"),
     ],
 )  # fmt: skip
 def test_a_batch_with_other_content_is_refused(tmp_path, changes, said):
@@ -242,6 +357,58 @@ def test_code_in_a_batch_is_not_run(tmp_path):
     small_cifar10(path, test_batch=pickle.dumps({b"data": Payload(marker)}, protocol=2))
     assert "asks for posix.system" in complaint_about(path, tmp_path / "data")
     assert not marker.exists()
+
+
+BUFFER = b"\x8c\x13numpy._core.numeric\x8c\x0b_frombuffer\x93"
+LABELS_FOLLOW = pickle.dumps({"data": PIXELS}, 5)[11:-1] + b"\x8c\x06labels"
+
+
+@pytest.mark.parametrize(
+    "opcodes",
+    {
+        "buffer out of band": b"\x97",
+        "writable buffer out of band": b"\x97\x98",
+        "bytearray beyond the end": b"\x96" + (1 << 40).to_bytes(8, "little") + b"abc",
+        "frame beyond the end": b"\x95" + (1 << 40).to_bytes(8, "little"),
+        "buffer of nothing known": BUFFER + b"(C\x02ab" + b"N" + b"K\x02\x85\x8c\x01Ct" + b"R",
+        "attribute of a stand-in": BUFFER + b"N}\x8c\x0c__defaults__Ns\x86b",
+        "state of a stand-in": BUFFER + b"}\x8c\x01aNsb",
+        "dict with a tuple as key": b"(" + b")" + b"\x85" * 200_000 + b"Nd",
+        "dict without a value": b"(Nd",
+        "set": b"\x8f(K\x01\x90",
+    }.items(),
+    ids=lambda item: item[0],
+)
+def test_opcodes_of_new_protocols_do_no_harm(tmp_path, opcodes):
+    path = tmp_path / "hostile.tar.gz"
+    small_cifar10(path, test_batch=b"\x80\x05" + LABELS_FOLLOW + opcodes[1] + b"s.")
+    complaint_about(path, tmp_path / "data")
+
+
+@pytest.mark.parametrize("protocol", [0, 4, 5])
+def test_damage_to_a_batch_is_refused_or_leaves_a_batch(tmp_path, protocol):
+    stream = random.Random(protocol)
+    content = {"data": PIXELS[:1], "labels": np.array([1], ">i4"), "names": [np.int64(1), "a"]}
+    good = pickle.dumps(content, protocol).replace(PIXELS[:1].tobytes(), bytes(3072))
+    refused = 0
+    for _ in range(600):
+        damaged = bytearray(good)
+        for _ in range(stream.choice((1, 1, 3))):
+            # The pixels in the middle are of no interest.
+            position = stream.choice((stream.randrange(250), -1 - stream.randrange(250)))
+            damaged[position] = stream.choice((stream.randrange(256), damaged[position] ^ 1))
+        try:
+            images, labels = cifar_archive._read_batch(bytes(damaged), ARCHIVES["cifar10"], 10)
+        except MemoryError:
+            raise
+        except Exception:  # Whatever it is, the error about the archive is made of it.
+            refused += 1
+            continue
+        assert images.shape == (len(labels), 32, 32, 3)
+        assert images.dtype == np.uint8
+        assert labels.dtype == np.int64
+        assert 0 <= labels.min() <= labels.max() < 10
+    assert refused > 200
 
 
 # --- bombs ---------------------------------------------------------------------------------------
@@ -289,6 +456,11 @@ def test_a_bomb_takes_neither_time_nor_memory(tmp_path):
     paths = [tmp_path / kind for kind in ("wanted", "unwanted", "header", "many", "sparse", "end")]
     for path in paths:
         bomb(path, path.name)
+    paths.append(tmp_path / "copies")  # of one text as bytes, again and again
+    text = b"X" + (1 << 24).to_bytes(4, "little") + bytes(1 << 24) + b"q\x01"
+    copies = b"c_codecs\nencode\nq\x00(" + text + b"h\x00h\x01\x85R" * 1000 + b"t."
+    small_cifar10(paths[-1], test_batch=b"\x80\x02" + copies)
+    for path in paths:
         assert path.stat().st_size < 10 << 20
     result = subprocess.run(
         [sys.executable, "-c", READER, *map(str, paths)],
