@@ -1,34 +1,42 @@
-"""A folder of images, train/<class>/* and test/<class>/*, as arrays.
+"""A folder of images, train/<class>/**/* and test/<class>/**/*, as arrays.
 
-Symbolic links are followed wherever they lead, to files and to the folders of classes: many
-data sets are trees of links into one large store. Nothing is written where they lead, and a link
-that leads nowhere is an error, so that no class or image is missing unnoticed. Files that are
-hidden or have no image's suffix are left out. Of an animation the first frame counts.
+The images of a class may lie in subfolders at any depth. Symbolic links are followed wherever they
+lead, to files and to folders: many data sets are trees of links into one large store. Nothing is
+written where they lead, and a link that leads nowhere or back to a folder above is an error. No
+image is missing unnoticed: one in a format that is not read is an error, and what is left out, such
+as hidden files and those without an image's suffix, is counted and named. Names of classes are
+compared and kept in Unicode's form NFC, whatever form the file system has. Of an animation the
+first frame counts.
 """
 
 import hashlib
 import os
 import stat
 import sys
+import unicodedata
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, TiffImagePlugin
 from progress.bar import Bar
 
 from utils import log
 from utils.data.cifar_archive import Arrays
-from utils.errors import UserError, reason_of
+from utils.errors import UserError, one_line, reason_of
 
 SIZE = 32
 # The formats are few because a file's name does not decide how it is read, and Pillow knows 40
 # formats, some by programs that it starts.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
+# Images of other programs, which Pillow, or an older one, does not know.
+_FOREIGN_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".pfm", ".svg"}
+_PARTS = ("train", "test")
 _LAYOUT = "a folder data set holds train/<class>/* and test/<class>/*"
+# The number is part of fingerprints: what another version has decoded is decoded again.
+_VERSION = b"2"
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,8 @@ class Listing:
 
     Attributes:
         classes: The names, sorted; labels count in this order.
-        train: The file and label of each training image, sorted by class and name.
-        test: The file and label of each test image, sorted by class and name.
+        train: The file and label of each training image, sorted by class and path.
+        test: The file and label of each test image, sorted by class and path.
         fingerprint: A digest that changes with any file's name, size or time.
     """
 
@@ -49,74 +57,158 @@ class Listing:
 
 
 def list_images(root: Path) -> Listing:
-    """Find the images of a folder data set.
+    """Find the images of a folder data set, and print a line about what is left out.
 
     Raises:
         UserError: A part, the classes or the images are missing, cannot be read, or test has
-            other classes.
+            other classes. Or an image has a format that is not read.
     """
+    survey = _Survey(root)
     try:
-        classes = _list_classes(root, "train")
-        for name in _list_classes(root, "test"):
-            if name not in classes:
+        train_folders, test_folders = (survey.list_classes(part) for part in _PARTS)
+        classes = tuple(sorted(train_folders))
+        for name, folder in test_folders.items():
+            if name not in train_folders:
                 raise UserError(
-                    f"--data {root}: test/{name} is a class that train/ lacks; "
+                    f"--data {root}: {folder} is a class that train/ lacks; "
                     "both must have the same classes"
                 )
-        digest = hashlib.sha256(b"\0".join(map(os.fsencode, classes)))
-        train, test = (_list_files(root, part, classes, digest) for part in ("train", "test"))
+        survey.untested = [name for name in classes if name not in test_folders]
+        digest = hashlib.sha256(b"\0".join([_VERSION, *map(os.fsencode, classes)]))
+        parts = []
+        for folders in (train_folders, test_folders):
+            found = [
+                (path, status, label)
+                for label, name in enumerate(classes)
+                if name in folders
+                for path, status in survey.list_files(folders[name])
+            ]
+            for path, status, _ in found:
+                digest.update(os.fsencode(path))
+                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            parts.append([(root / path, label) for path, _, label in found])
+        survey.report()
     except OSError as error:
         raise UserError(
             f"--data {root}: {error.filename} cannot be read ({error.strerror}); "
             "repair or remove it"
         ) from error
-    return Listing(classes, train, test, digest.hexdigest())
+    return Listing(classes, parts[0], parts[1], digest.hexdigest())
 
 
-def _list_entries(folder: Path) -> list[tuple[str, os.stat_result]]:
-    """Return the names in a folder that are not hidden, sorted, and what they lead to.
+class _Survey:
+    """A walk through a folder data set that notes what it leaves out.
 
-    Raises:
-        OSError: A link leads nowhere, or something cannot be read.
+    Paths are strings below the root, with slashes.
+
+    Attributes:
+        left_out: Paths of what is no image or is hidden.
+        unlabelled: Paths of the images that lie beside the folders of classes.
+        untested: The classes without test images.
     """
-    names = sorted(name for name in os.listdir(folder) if name[0] != ".")
-    return [(name, os.stat(folder / name)) for name in names]
 
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.left_out: list[str] = []
+        self.unlabelled: list[str] = []
+        self.untested: list[str] = []
+        suffixes = Image.registered_extensions()
+        self._read = {suffix for suffix, kind in suffixes.items() if kind in FORMATS}
+        opened = {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
+        self._images = opened | _FOREIGN_SUFFIXES
 
-def _list_classes(root: Path, part: str) -> tuple[str, ...]:
-    folder = root / part
-    if not folder.is_dir():
-        raise UserError(f"--data {root}: no folder {part!r} in it; {_LAYOUT}")
-    names = [name for name, status in _list_entries(folder) if stat.S_ISDIR(status.st_mode)]
-    if not names:
-        raise UserError(f"--data {root}: no class folders in {part}/; {_LAYOUT}")
-    for name in names:
-        if not name.isprintable():
-            raise UserError(f"--data {root}: class {part}/{name} cannot be printed; rename it")
-    return tuple(names)
+    def list_classes(self, part: str) -> dict[str, str]:
+        """Return the folder of each class of a part."""
+        if not (self.root / part).is_dir():
+            raise UserError(f"--data {self.root}: no folder {part!r} in it; {_LAYOUT}")
+        folders: dict[str, str] = {}
+        for path, status in self._list_entries(part):
+            if not stat.S_ISDIR(status.st_mode):
+                is_image = _suffix_of(path) in self._images
+                (self.unlabelled if is_image else self.left_out).append(path)
+                continue
+            if not path.isprintable():
+                raise UserError(f"--data {self.root}: class {path} cannot be printed; rename it")
+            name = unicodedata.normalize("NFC", path.removeprefix(f"{part}/"))
+            if name in folders:
+                raise UserError(
+                    f"--data {self.root}: {folders[name]!a} and {path!a} are the same "
+                    "name in two forms of Unicode; move the images of both into one folder"
+                )
+            folders[name] = path
+        if not folders:
+            raise UserError(f"--data {self.root}: no class folders in {part}/; {_LAYOUT}")
+        return folders
 
-
-def _list_files(
-    root: Path, part: str, classes: tuple[str, ...], digest: Any
-) -> list[tuple[Path, int]]:
-    """Return the file and label of each image, and take them into the digest."""
-    suffixes = {s for s, kind in Image.registered_extensions().items() if kind in FORMATS}
-    found = []
-    for label, name in enumerate(classes):
-        folder = root / part / name
-        if not folder.is_dir():
-            continue  # A class may have no test images.
-        images = [e for e in _list_entries(folder) if os.path.splitext(e[0])[1].lower() in suffixes]
-        if not images:
+    def list_files(self, folder: str) -> list[tuple[str, os.stat_result]]:
+        """Return the images at any depth below the folder of a class, sorted by path."""
+        found = []
+        part = folder.split("/")[0]
+        above = {_identity_of(os.stat(self.root / path)) for path in (".", part, folder)}
+        pending = [(folder, above)]
+        while pending:
+            place, above = pending.pop()
+            for path, status in self._list_entries(place):
+                if not stat.S_ISDIR(status.st_mode):
+                    if self._is_image(path, status):
+                        found.append((path, status))
+                    continue
+                if _identity_of(status) in above:
+                    raise UserError(
+                        f"--data {self.root}: {path} leads back to a folder above it; remove it"
+                    )
+                pending.append((path, above | {_identity_of(status)}))
+        if not found:
             kinds = ", ".join(FORMATS).lower()
-            raise UserError(f"--data {root}: no images in {part}/{name} ({kinds}); {_LAYOUT}")
-        for file, status in images:
-            if not stat.S_ISREG(status.st_mode):
-                raise UserError(f"{folder / file}: not a file; remove it")
-            digest.update(os.fsencode(f"{part}/{name}/{file}"))
-            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
-            found.append((folder / file, label))
-    return found
+            raise UserError(f"--data {self.root}: no images in {folder} ({kinds}); {_LAYOUT}")
+        return sorted(found)
+
+    def report(self) -> None:
+        """Print what is left out; what is hidden beside the parts is no part of the data."""
+        beside = (name for name in os.listdir(self.root) if name[0] != "." and name not in _PARTS)
+        self.left_out.extend(beside)
+        for say, names, what in (
+            (log.warning, self.unlabelled, "images left out, as they lie in no folder of a class"),
+            (log.note, self.left_out, "left out, as hidden or no image"),
+            (log.note, self.untested, "classes without test images"),
+        ):
+            if names:
+                some = ", ".join(sorted(names)[:3]) + (", ..." if len(names) > 3 else "")
+                say(one_line(f"--data {self.root}: {what}: {len(names):,} ({some})"))
+
+    def _list_entries(self, folder: str) -> list[tuple[str, os.stat_result]]:
+        """Return the paths of what is in a folder and not hidden, sorted, and what they lead to.
+
+        Raises:
+            OSError: A link leads nowhere, or something cannot be read.
+        """
+        names = sorted(os.listdir(self.root / folder))
+        self.left_out.extend(f"{folder}/{name}" for name in names if name[0] == ".")
+        paths = (f"{folder}/{name}" for name in names if name[0] != ".")
+        return [(path, os.stat(self.root / path)) for path in paths]
+
+    def _is_image(self, path: str, status: os.stat_result) -> bool:
+        """Return whether a file is to be read; one that only its format keeps out is an error."""
+        suffix = _suffix_of(path)
+        if suffix not in self._images:
+            self.left_out.append(path)
+            return False
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"{self.root / path}: not a file; remove it")
+        if suffix not in self._read:
+            raise UserError(
+                f"{self.root / path}: images of this format are not read; convert it to "
+                f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}, or remove it"
+            )
+        return True
+
+
+def _suffix_of(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _identity_of(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
 
 
 def read_images(listing: Listing, threads: int) -> Arrays:
@@ -158,15 +250,22 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
     """Return an image, (32, 32, 3) uint8, and whether it had another size.
 
     Raises:
-        UserError: The file is no image of FORMATS, is damaged, or has more pixels than Pillow takes
-            for sensible.
+        UserError: The file is no image of FORMATS, is damaged, has more pixels than Pillow takes
+            for sensible, or values whose black and white cannot be known.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             pixels = image.width * image.height
             if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
                 raise ValueError(f"{pixels:,} pixels are more than {Image.MAX_IMAGE_PIXELS:,}")
+            if not _has_known_scale(image):
+                raise UserError(
+                    f"{path}: its values are signed, floats or of an unusual range, so which of "
+                    "them is white cannot be known; save it with 8 bits per channel"
+                )
             rgb = _to_eight_bits(image).convert("RGB")
+    except UserError:
+        raise
     except Exception as error:  # Pillow's documents do not say which a damaged file brings about.
         why = reason_of(error).replace(repr(str(path)), "it")
         raise UserError(f"{path}: not a readable image ({why}); replace or remove it") from error
@@ -174,6 +273,23 @@ def read_image(path: Path) -> tuple[np.ndarray, bool]:
     if changed:
         rgb = rgb.resize((SIZE, SIZE), Image.Resampling.BILINEAR)
     return np.asarray(rgb), changed
+
+
+def _has_known_scale(image: Image.Image) -> bool:
+    """Return whether black and white are the least and the greatest value that the bits allow.
+
+    Pillow has 16 bits of PNG and PPM in mode I or I;16, depending on its version. In a TIFF mode I
+    has 32 or signed bits, and I;16 may have 12, or 0 for white, of which Pillow takes no notice.
+    """
+    if image.format != "TIFF":
+        return image.mode != "F"
+    tags = image.tag_v2  # type: ignore[attr-defined]
+    if 2 in tags.get(TiffImagePlugin.SAMPLEFORMAT, ()):  # signed
+        return False
+    if image.mode.startswith("I;16"):
+        zero_is_black = tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 1
+        return zero_is_black and tags.get(TiffImagePlugin.BITSPERSAMPLE) == (16,)
+    return image.mode not in ("F", "I")
 
 
 def _to_eight_bits(image: Image.Image) -> Image.Image:

@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import unicodedata
 import warnings
 import zlib
 from pathlib import Path
@@ -18,7 +19,7 @@ from PIL import Image
 from cifar import run
 from helpers.process import environment
 from utils.data.datasets import load_dataset
-from utils.data.image_folder import read_image
+from utils.data.image_folder import list_images, read_image
 from utils.distributed.comm import Comm
 from utils.errors import UserError
 from utils.files import ROOT
@@ -97,6 +98,8 @@ def test_every_kind_of_image_becomes_rgb_of_the_right_size(images, capsys):
     assert data.train_images[9][0, 0].tolist() == [10, 20, 30], "whatever is transparent"
     assert data.train_images[10][0, 0].tolist() == [255, 255, 255]
     assert capsys.readouterr().out.splitlines() == [
+        f"note: --data {images}: left out, as hidden or no image: 2 "
+        "(train/cat/.hidden.png, train/cat/notes.txt)",
         "decoding 16 images, once",
         "warning: 1 of 16 images were not 32x32: resized",
     ]
@@ -120,6 +123,65 @@ def test_links_are_followed_wherever_they_lead(images, tmp_path):
     assert data.train_labels.tolist() == [0, 0, 0, 0, 1, 1, 1]
     assert data.train_images[3, 0, 0].tolist() == [100, 100, 7]
     assert sorted(p.name for p in store.iterdir()) == ["0.png", "1.png", "2.png"]
+
+
+def test_images_in_subfolders_of_a_class_are_read(images, tmp_path):
+    """As in tiny-imagenet, train/<class>/images/*, and by torchvision's ImageFolder."""
+    folder = images / "train" / "cat"
+    for name in ("1/b.png", "1/a/x.png", "day.png/0.png", "1.x.png"):
+        save(folder / name, Image.new("RGB", (32, 32)))
+    store = tmp_path / "store"
+    (images / "train" / "dog").rename(store)
+    for name in ("near", "far/off"):  # both lead to the same place, and no way leads back
+        link = images / "train" / "dog" / name
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(store)
+    (images / "train" / "dog" / "empty").mkdir()
+    listing = list_images(images)
+    names = [(str(path.relative_to(images / "train")), label) for path, label in listing.train]
+    assert names == [
+        *((f"cat/{name}.png", 0) for name in ("0", "1", "1.x", "1/a/x", "1/b", "2", "day.png/0")),
+        *((f"dog/{name}.png", 1) for name in ("far/off/0", "far/off/1", "far/off/2")),
+        *((f"dog/{name}.png", 1) for name in ("near/0", "near/1", "near/2")),
+    ]
+    assert len(load_folder(images).train_labels) == len(names)
+
+
+def test_what_is_left_out_is_counted_and_named(images, capsys):
+    for name in ("DS_Store", "_0.png", "thumbs/0.png"):
+        save(images / "train" / "cat" / "sub" / f".{name}", Image.new("RGB", (9, 9)), format="PNG")
+    (images / "train" / "Thumbs.db").write_text("")
+    (images / "test" / "dog" / "without suffix").write_text("")
+    (images / "labels\n.csv").write_text("")
+    (images / ".git").mkdir()
+    for name in ("train/x.png", "train/y.heic", "test/x.JPG"):
+        (images / name).write_text("")
+    (images / "train" / "cat" / "sub" / "4.png").hardlink_to(images / "train" / "cat" / "0.png")
+    for name in ("ant", "bee"):
+        save(images / "train" / name / "0.png", Image.new("RGB", (32, 32)))
+    for expected in (["decoding 11 images, once"], []):  # decoded, then from the cache
+        load_folder(images)
+        assert capsys.readouterr().out.splitlines() == [
+            f"warning: --data {images}: images left out, as they lie in no folder of a class: 3 "
+            "(test/x.JPG, train/x.png, train/y.heic)",
+            f"note: --data {images}: left out, as hidden or no image: 6 (labels\\n.csv, "
+            "test/dog/without suffix, train/Thumbs.db, ...)",
+            f"note: --data {images}: classes without test images: 2 (ant, bee)",
+            *expected,
+        ]
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFD"])
+def test_the_form_of_a_class_name_in_unicode_plays_no_part(images, form):
+    """A copy made by macOS has NFD, where most others have NFC."""
+    name, other = (unicodedata.normalize(f, "z\u00e9bu \u304c") for f in (form, "NFD"))
+    assert name != other or form == "NFD"
+    (images / "train" / "cat").rename(images / "train" / name)
+    (images / "test" / "cat").rename(images / "test" / other)
+    data = load_folder(images)
+    assert data.classes == ("dog", unicodedata.normalize("NFC", name))
+    assert data.train_labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert data.test_images[1, 0, 0].tolist() == [150, 0, 7]
 
 
 @pytest.mark.parametrize("classes", [1, 2])
@@ -198,11 +260,123 @@ def test_what_is_no_file_is_not_opened(images):
     os.mkfifo(pipe)  # to open it would wait for ever
     assert f"{pipe}: not a file" in complaint(images)
     pipe.unlink()
-    pipe.mkdir()
-    assert f"{pipe}: not a file" in complaint(images)
-    pipe.rmdir()
     pipe.symlink_to("/dev/zero")
     assert f"{pipe}: not a file" in complaint(images)
+
+
+@pytest.mark.parametrize(
+    "name", ["a.heic", "b.HEIF", "c.avif", "d.jxl", "e.svg", "f.jp2", "g.ico", "sub/h.tga", "i.psd"]
+)
+def test_an_image_in_a_format_that_is_not_read_is_named(images, name):
+    path = images / "test" / "dog" / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(b"")
+    line = complaint(images)
+    assert line == (
+        f"{path}: images of this format are not read; convert it to PNG, JPEG, GIF, BMP, PPM, TIFF "
+        "or WEBP, or remove it"
+    )
+
+
+@pytest.mark.parametrize("target", [".", "..", "../..", "../dog", "sub/sub"])
+def test_links_in_a_circle_are_named(images, target):
+    sub = images / "train" / "cat" / "sub"
+    (images / "train" / "dog" / "back").symlink_to(images / "train" / "cat")
+    (sub / "sub").mkdir(parents=True)
+    loop = images / "train" / "cat" / "loop"
+    loop.symlink_to(target)
+    (sub / "sub" / "loop").symlink_to("../../loop")
+    line = complaint(images)
+    assert line.startswith(f"--data {images}: train/cat/")
+    assert line.endswith(" leads back to a folder above it; remove it")
+
+
+def test_two_folders_of_one_class_are_named_visibly(images):
+    for form in ("NFC", "NFD"):
+        (images / "test" / unicodedata.normalize(form, "z\u00e9bu")).mkdir()
+    line = complaint(images)
+    assert r"'test/ze\u0301bu' and 'test/z\xe9bu' are the same name" in line
+
+
+def tiff(values: np.ndarray, **tags: int) -> bytes:
+    """An uncompressed TIFF of 32x32 pixels; tags by name where they are not the usual ones."""
+    samples = values.size // 1024
+    bits, photometric = 8 * values.dtype.itemsize, 2 if samples > 1 else 1
+    usual = {"width": 32, "height": 32, "bits": bits, "compression": 1, "photometric": photometric,
+             "offset": 0, "samples": samples, "rows": 32, "bytes": values.nbytes,
+             "format": {"u": 1, "i": 2, "f": 3}[values.dtype.kind]}  # fmt: skip
+    numbers = (256, 257, 258, 259, 262, 273, 277, 278, 279, 339)
+    start = 8 + 2 + 12 * len(numbers) + 4
+    usual["offset"] = start + 2 * samples
+    entries = b""
+    for number, (name, value) in zip(numbers, {**usual, **tags}.items(), strict=True):
+        if name == "bits" and samples > 1:
+            entries += struct.pack("<HHII", number, 3, samples, start)
+        else:
+            entries += struct.pack("<HHII", number, 4 if value > 65535 else 3, 1, value)
+    head = struct.pack("<2sHIH", b"II", 42, 8, len(numbers))
+    return head + entries + bytes(4) + struct.pack("<H", bits) * samples + values.tobytes()
+
+
+def netpbm(kind: str, most: object, values: np.ndarray) -> bytes:
+    return f"{kind}\n32 32\n{most}\n".encode() + values.tobytes()
+
+
+GREYS = np.full((32, 32), 51200)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    {
+        "float.tiff": tiff(np.full((32, 32), 0.5, np.float32)),
+        "float white is zero.tiff": tiff(np.full((32, 32), 0.5, np.float32), photometric=0),
+        "signed 8 bit.tiff": tiff(np.full((32, 32), -5, np.int8)),
+        "signed 16 bit.tiff": tiff(np.full((32, 32), 100, np.int16)),
+        "signed 32 bit.tiff": tiff(np.full((32, 32), 100, np.int32)),
+        "32 bit.tiff": tiff(GREYS.astype(np.uint32)),
+        "12 bit.tiff": tiff(np.zeros(1536, np.uint8), bits=12, samples=1, photometric=1),
+        "16 bit white is zero.tiff": tiff(GREYS.astype(np.uint16), photometric=0),
+        "float.pfm": netpbm("Pf", -1.0, np.full((32, 32), 0.5, np.float32)),
+    }.items(),
+    ids=itertools.count(),
+)
+def test_values_of_unknown_scale_are_refused(images, name, content):
+    """Pillow would cut them to 0..255, which makes most of them black or white."""
+    path = images / "train" / "dog" / name
+    path.write_bytes(content)
+    line = complaint(images)
+    assert line.startswith(f"{path}: its values are signed, floats or of an unusual range")
+    assert line.endswith("save it with 8 bits per channel")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pixel"),
+    [
+        ("16 bit.tiff", tiff(GREYS.astype("<u2")), [200] * 3),
+        ("16 bit colour.tiff", tiff(np.tile([51200, 25600, 0], 1024).astype("<u2")), [200, 100, 0]),
+        ("16 bit.pgm", netpbm("P5", 65535, GREYS.astype(">u2")), [200] * 3),
+        ("12 bit.pgm", netpbm("P5", 4095, (GREYS >> 4).astype(">u2")), [200] * 3),
+        ("16 bit.ppm", netpbm("P6", 65535, np.full(3072, 51200).astype(">u2")), [199] * 3),
+        ("1 bit.tiff", Image.new("1", (32, 32), 1), [255] * 3),
+        ("white is zero.tiff", tiff(np.full((32, 32), 55, np.uint8), photometric=0), [200] * 3),
+        ("palette.tiff", Image.new("RGB", (32, 32), (9, 8, 7)).quantize(2), [9, 8, 7]),
+        ("alpha.png", Image.new("LA", (32, 32), (200, 3)), [200] * 3),
+        ("cmyk.tiff", Image.new("CMYK", (32, 32), (0, 255, 255, 0)), [255, 0, 0]),
+        ("grey lab.tiff", tiff(np.tile([137, 0, 0], 1024).astype(np.uint8), photometric=8),
+         [128] * 3),
+        ("red lab.tiff", tiff(np.tile([138, 81, 70], 1024).astype(np.uint8), photometric=8),
+         [254, 0, 0]),
+    ],
+    ids=itertools.count(),
+)  # fmt: skip
+def test_other_kinds_of_pixels_keep_their_colour(tmp_path, name, content, pixel):
+    path = tmp_path / name
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        content.save(path)
+    pixels, _ = read_image(path)
+    assert np.abs(pixels.astype(int) - pixel).max() <= 5
 
 
 def test_what_is_wrong_with_a_folder_is_said(images, tmp_path):
