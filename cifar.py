@@ -54,7 +54,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     config = config.replace(hardware=resolve_precision(config.hardware, comm))  # broadcast
     build.check_model_fits(config, comm)
     folder = run_folder(config.run, config.model, config.data.dataset)
-    loaded = find_checkpoint(config.run, folder, config.options(), comm)  # broadcast
+    loaded = find_checkpoint(config.run, folder, comm)  # broadcast
     if summary.log_finished(loaded, config):
         return
     config = resolve_data(config, loaded)  # What a checkpoint knows of its images counts.

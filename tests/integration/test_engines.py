@@ -9,7 +9,7 @@ import pytest
 
 from helpers import engine_checks
 from helpers.process import environment, free_port
-from utils.distributed.comm import launcher_restart_count
+from utils.distributed.comm import Comm, launcher_restart_count
 from utils.files import ROOT
 from utils.launch.commands import has_horovod
 
@@ -86,6 +86,14 @@ def test_one_launched_worker_trains_what_no_launcher_trains(launch, run_script, 
     assert losses[0] == losses[1]
 
 
+def use_alone(monkeypatch, variables):
+    """Have these of the variables that launchers tell their workers by, and no others."""
+    for name in ("CIFAR_JOB", "CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.mark.parametrize(
     ("variables", "count"),
     [({}, 0), ({"CIFAR_RESTARTS": "2"}, 2), ({"CIFAR_RESTARTS": ""}, 0),
@@ -94,11 +102,57 @@ def test_one_launched_worker_trains_what_no_launcher_trains(launch, run_script, 
 )  # fmt: skip
 def test_restarts_are_those_of_this_job(monkeypatch, variables, count):
     """What another job has left behind would let a run go on in a folder that is not its own."""
-    for name in ("CIFAR_RESTARTS", "TORCHELASTIC_RESTART_COUNT", "RANK"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+    use_alone(monkeypatch, variables)
     assert launcher_restart_count() == count
+
+
+TORCHRUN = {"RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
+
+
+@pytest.mark.parametrize(
+    ("variables", "may_be"),
+    [({}, False), (TORCHRUN, True), ({**TORCHRUN, "CIFAR_JOB": "a"}, False),
+     ({**TORCHRUN, "CIFAR_JOB": "a", "CIFAR_RESTARTS": "1"}, True), ({"RANK": "0"}, False)],
+)  # fmt: skip
+def test_what_torchrun_starts_may_have_been_started_before(monkeypatch, variables, may_be):
+    """It does not count restarts on account of another machine; our supervisor does."""
+    use_alone(monkeypatch, variables)
+    assert Comm().may_be_restarted() == may_be
+
+
+def test_a_job_has_one_id_and_what_nobody_starts_again_is_always_another(monkeypatch):
+    def ids(*jobs):
+        found = []
+        for variables in jobs:
+            use_alone(monkeypatch, variables)
+            found.append(Comm().job)
+        return found
+
+    known = [{"CIFAR_JOB": "a"}, {"CIFAR_JOB": "b"}, TORCHRUN]
+    assert ids(*known) == ids(*known)
+    assert ids({"CIFAR_JOB": "a", **TORCHRUN}) == ids(known[0])
+    leftover = {"TORCHELASTIC_RESTART_COUNT": "0"}
+    assert len({*ids(*known, {}, {}, leftover, leftover, {"RANK": "0"})}) == 8
+
+
+def test_torchrun_stays_the_same_process_while_it_starts_its_workers_again(run, tmp_path):
+    """Also where a script of the user is in between; another torchrun is another one."""
+    worker, script, ids = (tmp_path / name for name in ("worker.py", "script", "ids"))
+    worker.write_text(
+        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\n"
+        "from utils.launch.processes import giver_of_variables, identity\n"
+        "launcher = identity(giver_of_variables('TORCHELASTIC_'))\n"
+        f"open({str(ids)!r}, 'a').write(launcher + '\\n')\n"
+        "sys.exit(os.environ['TORCHELASTIC_RESTART_COUNT'] == '0')"
+    )
+    script.write_text(f"#!/bin/sh\n'{sys.executable}' '{worker}'\nexit $?\n")
+    script.chmod(0o755)
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max_restarts=1"]
+    for words in ([worker], ["--no-python", script]):
+        result = run([*start, "--log-dir=/dev/null", *words])
+        assert result.returncode == 0, result.stderr
+    one, again, other, other_again = ids.read_text().splitlines()
+    assert one == again != other == other_again
 
 
 # The two engines, the launcher's rendezvous, and the baseline that does without us.

@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -279,6 +281,24 @@ class TestRestarts:
         assert result.returncode == 0, result.stderr
         assert "after epoch 0, step 3" in result.stdout
         same(untouched(train, "resnet", "dist", 2), folder)
+
+    def test_a_restart_does_not_forget_what_was_asked_for(self, train, tmp_path):
+        """A worker that dies as it starts, and a folder that holds a run of the same flags."""
+        folder = tmp_path / "run"
+        assert train(folder, "alexnet", "serial", 1, fault="kill-8").returncode != 0
+        flags = [*COMMON, *MODELS["alexnet"], "-c", folder]
+        words = shlex.join(map(str, [sys.executable, ROOT / "cifar.py", *flags]))
+        supervisor = [sys.executable, ROOT / "utils/launch/supervisor.py", "--max-restarts", "1"]
+        for flag, code, shown in (("", 2, "holds a run already"), ("--overwrite", 0, "scratch")):
+            line = f'[ "$CIFAR_RESTARTS" ] || kill -KILL $$; exec {words} {flag}'
+            result = run([*supervisor, "--", "sh", "-c", line])
+            assert "restart 1 of 1" in result.stderr
+            assert result.returncode == code
+            assert shown in result.stdout + result.stderr
+            assert "continuing" not in result.stdout
+        args, state = folder / "args.json", checkpoint.load(folder / checkpoint.LATEST)
+        assert json.loads(args.read_text())["job"] == state["job"]
+        assert re.fullmatch("[0-9a-f]{32}", state["job"])
 
     @pytest.mark.slow
     def test_a_reason_that_would_come_again_is_no_reason_to_restart(self, train, tmp_path):

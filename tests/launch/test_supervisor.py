@@ -329,12 +329,20 @@ class TestRestarts:
         assert set(threads) <= {"Threads:\t1", "Threads:\t2"}
         assert list(temporary.iterdir()) == []
 
+    def test_all_attempts_of_a_job_have_one_id_that_no_other_job_has(self, script):
+        path = script("print(os.environ['CIFAR_JOB'], flush=True)\nsys.exit(1)")
+        jobs = [self.start_over(path).stdout.split() for _ in range(2)]
+        assert [len(attempts) for attempts in jobs] == [3, 3]
+        assert [len({*attempts}) for attempts in jobs] == [1, 1]
+        assert jobs[0] != jobs[1]
+
     def test_variables_of_an_outer_supervisor_are_not_passed_on(self, script):
-        path = script("print(os.environ.get('CIFAR_RESTARTS'), os.environ['CIFAR_WATCH'])")
-        result = run(command_of(path), env=environment(CIFAR_RESTARTS="7", CIFAR_WATCH="outer"))
-        restarts, name = result.stdout.split()
+        names = ("CIFAR_RESTARTS", "CIFAR_WATCH", "CIFAR_JOB")
+        path = script(f"print(*(os.environ.get(name) for name in {names}))")
+        result = run(command_of(path), env=environment(**dict.fromkeys(names, "7")))
+        restarts, *ids = result.stdout.split()
         assert restarts == "None"
-        assert name != "outer"
+        assert not {"7", "None"} & {*ids}
 
 
 # The start of the script of workers that register and handle the signals.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.checkpoint.format import LATEST, load_newest, parse, read
-from utils.config.schema import WITHOUT_EFFECT, RunConfig, same_on_all_workers
+from utils.config.schema import WITHOUT_EFFECT, RunConfig
 from utils.distributed.comm import Comm
 from utils.errors import UserError
 from utils.runtime.provenance import STARTS
@@ -31,19 +31,16 @@ class LoadedCheckpoint:
     own: bool = False
 
 
-def find_checkpoint(
-    run: RunConfig, folder: Path, options: Mapping[str, Any], comm: Comm
-) -> LoadedCheckpoint | None:
+def find_checkpoint(run: RunConfig, folder: Path, comm: Comm) -> LoadedCheckpoint | None:
     """Return the checkpoint to continue from; None without --resume or for a fresh auto run.
 
     Rank 0 finds and reads it and the others get the same bytes, so that no two workers can see
     different files. A job that has been started again after a failure continues from what it has
-    saved.
+    itself saved, and as long as that is nothing, does what its flags say.
 
     Args:
         run: Names the checkpoint.
         folder: The run folder.
-        options: The options of this run, which tell whether a checkpoint is its own.
         comm: The engine.
 
     Raises:
@@ -53,12 +50,14 @@ def find_checkpoint(
     chosen: list[LoadedCheckpoint] = []
 
     def choose() -> bytes:
-        found = _own_checkpoint(run, folder, options) if comm.restart_count() else None
-        own = found is not None
+        restarted = comm.may_be_restarted()
+        found = _own_checkpoint(run, folder, comm.job) if restarted else None
         found = found or _named_checkpoint(run, folder)
         if found is None:
             return b""
         path, raw, content = found
+        # A file that --resume names may have become the job's own, too.
+        own = restarted and content.get("job") == comm.job
         chosen.append(LoadedCheckpoint(path, content, own=own))
         return b"\0".join([b"own" if own else b"named", os.fsencode(path), raw])
 
@@ -92,17 +91,13 @@ def _named_checkpoint(run: RunConfig, folder: Path) -> Found | None:
     return path, raw, parse(raw, path, "--resume", run.trust_checkpoint)
 
 
-def _own_checkpoint(run: RunConfig, folder: Path, options: Mapping[str, Any]) -> Found | None:
-    """Return what this very job has saved before it failed: a run with the same options."""
-    found = load_newest(folder, run.trust_checkpoint)
-    return found if found and are_same_options(found[2].get("options"), options) else None
-
-
-def are_same_options(recorded: Any, options: Mapping[str, Any]) -> bool:
-    """Return whether options that a file holds are those of this run, on whatever worker."""
-    return isinstance(recorded, dict) and same_on_all_workers(recorded) == same_on_all_workers(
-        options
-    )
+def _own_checkpoint(run: RunConfig, folder: Path, job: str) -> Found | None:
+    """Return what this very job has saved before it failed."""
+    try:
+        found = load_newest(folder, run.trust_checkpoint)
+    except UserError:  # All are damaged, and nobody can tell whose they were: the flags decide.
+        return None
+    return found if found and found[2].get("job") == job else None
 
 
 def earlier_starts(

@@ -10,7 +10,7 @@ from typing import IO, Any
 from models import model_arguments
 from utils.checkpoint.format import BEST, DAMAGED, LATEST, PREVIOUS
 from utils.checkpoint.history import keep_newer, settle_best
-from utils.checkpoint.resume import LoadedCheckpoint, are_same_options
+from utils.checkpoint.resume import LoadedCheckpoint
 from utils.checkpoint.train_state import TrainState
 from utils.config.args import parse_args
 from utils.config.recipes import load_recipes
@@ -87,7 +87,7 @@ def claim_run_dir(
     try:
         with comm.local_rank_zero_first():
             if comm.is_main_process:
-                lock = _claim(folder, run, loaded, state, about, comm.restart_count() > 0)
+                lock = _claim(folder, run, loaded, state, about, comm.may_be_restarted())
         yield
     finally:
         if lock is not None:
@@ -149,10 +149,10 @@ def _take_over(
         and loaded.path.resolve().parent == folder.resolve()
     )
     found = [name for name in _FILES if (folder / name).exists()]
-    begun = loaded is None and (
-        # It was killed before it saved anything: a log without rows is all that there is.
-        (run.resume == "auto" and _has_no_rows(folder, found))
-        or (restarted and _was_begun_with(folder, about["options"]))
+    # It was killed before it saved anything: a log without rows is all that there is, or there is
+    # no checkpoint in what this very job had claimed, and so might remove.
+    begun = (loaded is None and run.resume == "auto" and _has_no_rows(folder, found)) or (
+        restarted and not {LATEST, PREVIOUS} & {*found} and _was_claimed_by(folder, about["job"])
     )
     if found and not mine and not begun and not run.overwrite:
         raise UserError(
@@ -179,10 +179,10 @@ def _check_trace(path: Path) -> None:
         ) from error
 
 
-def _was_begun_with(folder: Path, options: Mapping[str, Any]) -> bool:
-    """Return whether the folder's run was started with these options, as its args.json says."""
+def _was_claimed_by(folder: Path, job: str) -> bool:
+    """Return whether a job has claimed the folder last, as its args.json says."""
     try:
-        return are_same_options(json.loads((folder / "args.json").read_text())["options"], options)
+        return bool(json.loads((folder / "args.json").read_text())["job"] == job)
     except (OSError, ValueError, KeyError, TypeError):
         return False
 

@@ -177,16 +177,12 @@ class Config:
         return replace(self, **groups)
 
     def fingerprint(self) -> dict[str, object]:
-        """Return every option by its flag, for the comparison of all workers."""
+        """Return by its flag every option that all workers must have in common."""
         return {
             f"--{name.replace('_', '-')}": value
-            for name, value in same_on_all_workers(self.options()).items()
+            for name, value in self.options().items()
+            if name != "local_rank"  # It says which worker this is.
         }
-
-
-def same_on_all_workers(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options without the one that says which worker this is."""
-    return {name: value for name, value in options.items() if name != "local_rank"}
 
 
 def _group(kind: Any, options: Mapping[str, Any]) -> Any:

@@ -4,9 +4,12 @@ The contract is small and closed. Outside utils/distributed/ only the two script
 Every rank calls every method that communicates, in the same order; rank 0 alone prints and writes.
 """
 
+import hashlib
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,11 @@ from torch.optim import Optimizer
 
 from utils.config.schema import GradientSyncConfig
 from utils.errors import BAD_INPUT, FAILED, PeerFailed, UserError
-from utils.launch.heartbeat import RESTARTS_VARIABLE
+from utils.launch.heartbeat import JOB_VARIABLE, RESTARTS_VARIABLE
+from utils.launch.processes import giver_of_variables, identity
+
+# By this variable torchrun tells its workers how often it has started them again.
+TORCHRUN_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
 
 
 class Comm:
@@ -64,9 +71,14 @@ class Comm:
         """Return the rank that the launcher gave to this process, before any connection."""
         return 0
 
-    def restart_count(self) -> int:
-        """Return how often this job has been started again after a failure."""
-        return launcher_restart_count()
+    def may_be_restarted(self) -> bool:
+        """Return whether this job may have been started before; only rank 0's answer counts."""
+        return launcher_may_have_restarted()
+
+    @cached_property
+    def job(self) -> str:
+        """What tells this job from all others, in all its restarts; only rank 0's counts."""
+        return launcher_job()
 
     @property
     def is_main_process(self) -> bool:
@@ -246,11 +258,36 @@ def _exit_code(error: BaseException) -> int:
 
 def launcher_restart_count() -> int:
     """Return how often launcher.sh or torchrun has started this job again, by the environment."""
-    names = [RESTARTS_VARIABLE]
-    if "RANK" in os.environ:  # Without it torchrun's variable is another job's.
-        names.append("TORCHELASTIC_RESTART_COUNT")
+    names = [RESTARTS_VARIABLE, *([TORCHRUN_VARIABLE] if _is_started_by_torchrun() else [])]
     counts = (os.environ.get(name, "") for name in names)
     return sum(int(count) for count in counts if count.isdecimal())
+
+
+def launcher_may_have_restarted() -> bool:
+    """Return whether launcher.sh or torchrun may have started this job before.
+
+    torchrun does not count a restart where a worker on another machine has failed, or a machine has
+    come, so only the id of the job tells there.
+    """
+    by_torchrun_alone = _is_started_by_torchrun() and JOB_VARIABLE not in os.environ
+    return by_torchrun_alone or launcher_restart_count() > 0
+
+
+def launcher_job() -> str:
+    """Return 32 hexadecimal digits that are the same in all restarts of this job and in no other.
+
+    The supervisor of launcher.sh has drawn an id. torchrun alone is one process, which stays while
+    it starts its workers again. What nobody starts again is a new job each time.
+    """
+    name = os.environ.get(JOB_VARIABLE, "")
+    if not name and _is_started_by_torchrun():
+        name = identity(giver_of_variables("TORCHELASTIC_"))
+    return hashlib.sha256(os.fsencode(name or secrets.token_hex())).hexdigest()[:32]
+
+
+def _is_started_by_torchrun() -> bool:
+    # Without a rank torchrun's variable is another job's.
+    return "RANK" in os.environ and TORCHRUN_VARIABLE in os.environ
 
 
 def is_single_process(world_size: int) -> bool:

@@ -87,9 +87,9 @@ class HorovodComm(Comm):
         rank = os.environ.get("HOROVOD_RANK", "")
         return int(rank) if rank.isdecimal() and "HOROVOD_SIZE" in os.environ else 0
 
-    def restart_count(self) -> int:
-        """Return how often this job has been started again, changes of its workers included."""
-        return super().restart_count() + self.host_updates
+    def may_be_restarted(self) -> bool:
+        """Return whether this job may have been started before, or its workers have changed."""
+        return self.host_updates > 0 or super().may_be_restarted()
 
     def run(self, program: Callable[[], None]) -> None:
         """Run the program; with Horovod Elastic, again whenever the workers have changed.
@@ -98,12 +98,12 @@ class HorovodComm(Comm):
         """
         if not self.elastic:
             return program()
-        self.state = hvd.elastic.TorchState(host_updates=0)
+        self.state = hvd.elastic.TorchState(host_updates=0, job=self.job)
 
         def begin(state: Any) -> None:
-            # A worker that has come later learns here that there is a checkpoint to continue.
+            # A worker that has come later learns here whose checkpoint there is to continue.
             self._read_ranks()
-            self.host_updates = state.host_updates
+            self.host_updates, self.job = state.host_updates, state.job
             state.host_updates += 1
             state.save()
             program()

@@ -21,9 +21,9 @@ from dataclasses import dataclass
 
 from utils.launch.processes import has_ended, is_stopped
 
-# The environment variables by which the supervisor tells its workers the name of its server, the
-# number of restarts, and the terminal that horovodrun hides.
-SERVER_VARIABLE = "CIFAR_WATCH"
+# The environment variables by which the supervisor tells its workers the name of its server, what
+# tells their job from all others, the number of restarts, and the terminal that horovodrun hides.
+SERVER_VARIABLE, JOB_VARIABLE = "CIFAR_WATCH", "CIFAR_JOB"
 RESTARTS_VARIABLE, TERMINAL_VARIABLE = "CIFAR_RESTARTS", "CIFAR_TERMINAL"
 
 _STDERR = 2

@@ -48,6 +48,40 @@ def is_stopped(pid: int) -> bool:
     return _state_and_parent(pid)[0] in ("T", "t")
 
 
+def identity(pid: int) -> str:
+    """Return what tells a process from all others of this machine: boot, id and time of its start.
+
+    Args:
+        pid: The id of the process.
+
+    Returns:
+        A text, empty for no process and where there is no /proc.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return ""
+    return f"{boot} {pid} {stat.rpartition(')')[2].split()[19]}"
+
+
+def giver_of_variables(prefix: str) -> int:
+    """Return the id of the process that has given this one its variables of a prefix.
+
+    That is the closest one above that was itself started without them, or with others: a script
+    in between, which hands them on, is passed over.
+
+    Args:
+        prefix: The beginning of the variables' names.
+    """
+    variables = os.environb.items()
+    given = {b"%s=%s" % item for item in variables if item[0].startswith(prefix.encode())}
+    pid = os.getppid()
+    while pid and given <= _environment(pid):
+        pid = _state_and_parent(pid)[1]
+    return pid
+
+
 def descendants() -> list[int]:
     """Return the ids of the living processes below this one."""
     children: dict[int, list[int]] = {}
@@ -105,6 +139,14 @@ def _state_and_parent(pid: int) -> tuple[str, int]:
     # The line is "pid (name) state parent ...", and the name may itself hold parentheses.
     state, parent = text.rpartition(")")[2].split()[:2]
     return state, int(parent)
+
+
+def _environment(pid: int) -> set[bytes]:
+    """Return the variables with which a process was started; none where they cannot be read."""
+    try:
+        return set(Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    except OSError:
+        return set()
 
 
 def _collect_zombies() -> None:

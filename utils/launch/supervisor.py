@@ -17,7 +17,8 @@ directly, not through the launcher, as a request to save and stop, and SIGUSR2 a
 and continue. When no worker has started anything new for too long, the workers that hold up the
 others are named, show their stacks and are ended. After a failure that need not occur again the
 command is started again as soon as the last process of the previous attempt is gone. The number of
-restarts is in the environment variable CIFAR_RESTARTS.
+restarts is in the environment variable CIFAR_RESTARTS, and CIFAR_JOB holds a random id that all
+attempts have in common, by which they know what they have saved.
 
 Exit codes: 0 finished, 2 bad input, 3 training failed, 75 saved and stopped on request; 130, 143 or
 129 where a request (Ctrl-C, SIGTERM, SIGHUP) came before any worker had registered, or where a
@@ -26,6 +27,7 @@ second request or the time limit has cut the save short.
 
 import argparse
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -42,6 +44,7 @@ if __name__ == "__main__":  # Started by its path, it must find the project's fo
 
 from utils.errors import BAD_INPUT, EXPLAINED, FAILED, RUN_AGAIN
 from utils.launch.heartbeat import (
+    JOB_VARIABLE,
     RESTARTS_VARIABLE,
     SERVER_VARIABLE,
     TERMINAL_VARIABLE,
@@ -349,6 +352,7 @@ def supervise(
     """
     inherit_orphans()
     requests = Requests()
+    environment = {**environment, JOB_VARIABLE: secrets.token_hex(16)}
     restarts = 0
     while True:
         try:

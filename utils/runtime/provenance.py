@@ -113,6 +113,7 @@ def write_args(path: Path, about: Mapping[str, Any]) -> None:
     """
     record = {
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "job": about["job"],
         **{name: about[name] for name in STARTS},
         "machine": {"host": platform.node(), **about["machine"]},
         **({"earlier": about["earlier"]} if about["earlier"] else {}),

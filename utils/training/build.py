@@ -319,6 +319,7 @@ def checkpoint_metadata(
         "memory_format": memory_format,
         "shape": plan.fingerprint(config.data.dataset),
         "options": config.options(),
+        "job": comm.job,
         "images": dataset.checksums,
         **provenance.origin(comm),
     }
