@@ -33,6 +33,7 @@ from utils.errors import BAD_INPUT, FAILED, UserError, command
 from utils.files import ROOT, make_output, write_text
 from utils.launch.commands import has_horovod
 from utils.metrics.picture import draw_picture, try_drawing
+from utils.runtime.provenance import shareable
 
 ONE_PROCESS = "one process"
 ENGINES = (ONE_PROCESS, "dist", "horovod")
@@ -65,7 +66,7 @@ def main() -> int:
         print(f"error: this arm has failed: {' '.join(error.cmd)}", file=sys.stderr)
         return error.returncode if error.returncode == BAD_INPUT else FAILED
     summary = summarise(variants)
-    summary["command"] = sys.argv
+    summary["command"] = shareable(sys.argv)
     content = {"summary": summary, "arms": [variant.trace for variant in variants.values()]}
     write_text(options.output / "compare.json", json.dumps(content, indent=1))
     draw(variants, summary, options.output / "compare.png")

@@ -128,6 +128,8 @@ def summary(
         UserError: The run is of no recipe, or not trained to its end, or not in one way, or has no
             test accuracy, or does not say where it comes from.
     """
+    from utils.runtime.provenance import shareable  # It imports torch, too.
+
     about, rows = read_args(folder), read_rows(folder)
     name = _recipe_name(folder, options)
     _check_rows(folder, rows, options["epochs"])
@@ -154,7 +156,7 @@ def summary(
         **accuracies(rows),
         "minutes": round(sum(row["seconds"] for row in rows) / 60, 2),
         "flags": flags_beside(recipe, _spelled_as_in(recipe, options)),
-        "command": about["command"],
+        "command": shareable(about["command"]),
         **origins[-1],
         "earlier": [one for k, one in enumerate(earlier) if one not in earlier[:k]],
     }
@@ -307,7 +309,8 @@ def add(
     log = read_log(run / "log.txt")
     if len(next(iter(log.values()), [])) != found["epochs"]:
         raise UserError(f"{run}/log.txt: has not the epochs of metrics.jsonl; publish another run")
-    config = Config.from_options({**options, **data})
+    # The recorded address of a mirror may have lost what opens it, and is somebody else's.
+    config = Config.from_options({**options, "data_url": [], **data})
     dataset = build.dataset(config.data)
     found["images"] = dataset.content_digests()
     if options["data_md5"]:  # The run's. Today's images may come from another archive.

@@ -26,6 +26,7 @@ from utils.errors import UserError
 from utils.files import ROOT
 from utils.metrics.meter import Metrics
 from utils.metrics.plot import read_log
+from utils.training import build
 
 
 @pytest.fixture(scope="module")
@@ -380,6 +381,20 @@ def test_a_card_names_the_archive_of_the_run(finished, tmp_path, monkeypatch):
     folder = add(finished, tmp_path / "results", overwrite=True)
     assert read(folder)["images"]["archive_md5"] == md5
     assert f"--data-md5 {md5}" in (folder / "README.md").read_text()
+
+
+def test_a_recorded_address_is_neither_asked_nor_published_whole(finished, tmp_path, monkeypatch):
+    record, asked = json.loads((finished / "args.json").read_text()), []
+    address = "https://me:SECRET@host/a?key=SECRET"  # as an older version has left it
+    record["command"] += ["--data-url", address]
+    record["options"]["data_url"] = [address, "https://host/a?..."]
+    (finished / "args.json").write_text(json.dumps(record))
+    real = build.dataset
+    monkeypatch.setattr(build, "dataset", lambda data: asked.extend(data.data_url) or real(data))
+    folder = add(finished, tmp_path / "results")
+    assert asked == []
+    assert read(folder)["command"][-1] == "https://host/a?..."
+    assert not [path for path in folder.iterdir() if b"SECRET" in path.read_bytes()]
 
 
 def test_a_publication_that_cannot_be_written_leaves_the_old_one(finished, tmp_path, monkeypatch):

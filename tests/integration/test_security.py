@@ -15,6 +15,8 @@ import pytest
 from torch.distributed import TCPStore
 
 from helpers.process import environment, kill, marked_processes
+from utils.checkpoint import format as checkpoint
+from utils.checkpoint import manager
 from utils.files import ROOT
 from utils.launch.commands import has_horovod
 
@@ -300,3 +302,32 @@ def test_a_stranger_at_the_store_runs_no_code(training, tmp_path):
     time.sleep(6)  # torch's agents look at that state every 5 seconds
     assert not marker.exists()
     assert process.poll() is None
+
+
+def test_what_a_run_leaves_holds_no_secret_of_an_address(run_script, cifar10, tmp_path):
+    """Neither its own, in whatever spelling, nor one that an older version has left in a file."""
+    archive, md5 = cifar10
+    folder = tmp_path / "run"
+    archive.rename(tmp_path / "cifar-10-python.tar.gz")
+    address = "https://me:SECRET@host/a.tar.gz?key=SECRET#SECRET"
+    flags = ["-a", "alexnet", "-d", "cifar10", "--data", tmp_path, "--data-md5", md5, "-c", folder]
+
+    def check(result):
+        assert result.returncode == 0, result.stderr
+        assert "SECRET" not in result.stdout + result.stderr
+        assert "data_url" not in result.stdout
+        contents = {path.name: path.read_bytes() for path in folder.iterdir()}
+        assert [name for name, content in contents.items() if b"SECRET" in content] == []
+        assert contents["args.json"].count(b"https://host/a.tar.gz?...") >= 2  # command, options
+
+    check(run_script([*flags, "--epochs", "1", "--data-url", address]))
+    state = checkpoint.load(folder / checkpoint.LATEST)
+    older = {name: state[name] for name in ("images", "workers")}
+    for changes in ({"data_url": [address]}, {"data_url": [address], "lr": 3.0}):
+        older["options"] = {**state["options"], **changes}
+        state["earlier"] = [*state["earlier"], dict(older)]
+    manager.save(folder, {**state, "options": state["earlier"][0]["options"]}, is_best=True)
+    assert b"SECRET" in (folder / checkpoint.LATEST).read_bytes()
+    resumed = [*flags, "--epochs", "3", f"--data-url={address}", "--resume", "auto"]
+    check(run_script(resumed))
+    assert len(checkpoint.load(folder / checkpoint.LATEST)["earlier"]) == 3

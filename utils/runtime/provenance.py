@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from utils.distributed.comm import Comm
+from utils.errors import without_secrets
 from utils.files import ROOT, write_text
 from utils.launch.environment import core_count
 from utils.version import VERSION
@@ -101,6 +102,18 @@ def origin(comm: Comm) -> dict[str, Any]:
     }
 
 
+def shareable(record: Any) -> Any:
+    """Return a record of lists and dictionaries with no secret in the addresses that it holds.
+
+    Whatever a file of a run says of it goes through here, for files of a run are shown to others.
+    """
+    if isinstance(record, str):
+        return without_secrets(record)
+    if isinstance(record, dict):
+        return {name: shareable(value) for name, value in record.items()}
+    return [*map(shareable, record)] if isinstance(record, list) else record
+
+
 def write_args(path: Path, about: Mapping[str, Any]) -> None:
     """Write args.json: everything that is needed to run this again.
 
@@ -112,7 +125,7 @@ def write_args(path: Path, about: Mapping[str, Any]) -> None:
         OSError: It cannot be written; what was there stays.
     """
     record = {
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "command": shareable([os.path.basename(sys.argv[0]), *sys.argv[1:]]),
         "job": about["job"],
         **{name: about[name] for name in STARTS},
         "machine": {"host": platform.node(), **about["machine"]},

@@ -324,4 +324,4 @@ def checkpoint_metadata(
         **provenance.origin(comm),
     }
     start = {name: about[name] for name in provenance.STARTS}
-    return {**about, "earlier": earlier_starts(loaded, start)}
+    return provenance.shareable({**about, "earlier": earlier_starts(loaded, start)})
