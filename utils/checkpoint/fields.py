@@ -135,6 +135,7 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "std": ("deviation of three channels", _positive_channels),
     "dataset": ("name", _word),
     "network": ("name", _word),
+    "job": ("name", _word),
     "workers": ("number of workers", _count),
     "shape": ("dict", _dict),
     "buffers": ("table of statistics", _buffers),

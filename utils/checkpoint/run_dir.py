@@ -191,6 +191,6 @@ def _has_no_rows(folder: Path, found: list[str]) -> bool:
     """Return whether what was found in a run folder is a log that has a header at most."""
     lines = {"log.txt": 1, "metrics.jsonl": 0}
     return all(
-        name in lines and len((folder / name).read_text().splitlines()) <= lines[name]
+        name in lines and len((folder / name).read_bytes().splitlines()) <= lines[name]
         for name in found
     )

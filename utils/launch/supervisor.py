@@ -34,7 +34,7 @@ import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -315,7 +315,8 @@ def _launcher_environment(
     if restarts:
         environment[RESTARTS_VARIABLE] = str(restarts)
     if tagged and os.isatty(STDOUT):
-        environment[TERMINAL_VARIABLE] = os.ttyname(STDOUT)
+        with suppress(OSError):  # In a container the terminal may have no name.
+            environment[TERMINAL_VARIABLE] = os.ttyname(STDOUT)
     return environment
 
 

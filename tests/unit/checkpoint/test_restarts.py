@@ -12,12 +12,15 @@ from utils.checkpoint import manager
 from utils.checkpoint.format import BEST, LATEST, PREVIOUS, load, load_newest
 from utils.checkpoint.resume import find_checkpoint
 from utils.checkpoint.run_dir import claim_run_dir
+from utils.checkpoint.train_state import TrainState
 from utils.config.args import parse_args
 from utils.distributed.comm import Comm
 from utils.errors import UserError
 from utils.runtime.provenance import STARTS
 
 KILLED, REFUSED = 9, 2
+# How far every run in here has come.
+COME = {"epoch": 1, "acc": 50.0, "best_acc": 50.0, "best_epoch": 1}
 # What the kernel is asked to change, by the names of Python's audit events.
 CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.link", "open"}
 
@@ -35,7 +38,7 @@ class Started(Comm):
 
 def save(folder, job):
     weights = {"w": torch.zeros(1)}
-    manager.save(folder, {"format": 2, "state_dict": weights, "job": job}, is_best=True)
+    manager.save(folder, {"format": 2, "state_dict": weights, "job": job, **COME}, is_best=True)
 
 
 def train(folder, flags, job, again):
@@ -44,7 +47,7 @@ def train(folder, flags, job, again):
     loaded = find_checkpoint(run, folder, comm)
     assert loaded is None or loaded.own == (loaded.content["job"] == job)
     about = {**dict.fromkeys(STARTS), "machine": {}, "earlier": [], "job": job}
-    with claim_run_dir(folder, run, loaded, about, comm):
+    with claim_run_dir(folder, run, loaded, TrainState(**COME), about, comm):
         assert loaded or not any((folder / name).exists() for name in (LATEST, PREVIOUS, BEST))
         (folder / "log.txt").write_text("header\nrow\n")
         save(folder, job)
