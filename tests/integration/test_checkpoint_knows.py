@@ -59,6 +59,15 @@ def test_an_evaluation_has_the_statistics_of_the_training(legacy, evaluate):
     assert "std 0.2023 0.1994 0.2010 (of the file)" in unsaid.stdout
 
 
+def test_it_is_the_same_on_every_engine(legacy, launch):
+    file = legacy / checkpoint.LATEST
+    result = launch([*RESNET, *SYNTHETIC, "-e", "--resume", str(file)])
+    assert result.returncode == 0, result.stderr
+    (logged,) = re.findall(r'"valid_top1": ([\d.]+)', (legacy / "metrics.jsonl").read_text())[-1:]
+    assert f"Test Acc: {float(logged):.2f}" in result.stdout
+    assert result.stdout.count("std 0.2023 0.1994 0.2010 (of the file)") == 1
+
+
 def test_a_flag_that_says_otherwise_is_refused_with_both_values(legacy, evaluate, run_script):
     file = legacy / checkpoint.LATEST
     going_on = run_script(
@@ -97,6 +106,9 @@ def test_the_data_set_is_that_of_the_file_unless_a_flag_says(legacy, evaluate):
     result = evaluate(file, "--test-size", "100")
     assert "was trained on synthetic10" in result.stdout
     assert score(result) == score(evaluate(file, *SYNTHETIC))
+    archive = evaluate(file, "--data-md5", 32 * "0")
+    assert archive.returncode == 2
+    assert "-d synthetic10 reads no archive" in archive.stderr
     refused = evaluate(file, "-d", "synthetic100", "--test-size", "100")
     assert refused.returncode == 2
     assert "-d synthetic100: has other classes than" in refused.stderr
@@ -178,7 +190,7 @@ def test_a_finished_run_is_finished(trained):
     (line,) = result.stdout.splitlines()
     for words in ("finished: ", str(folder), "3 epochs", f"Last acc: {state['acc']:.2f}",
                   f"Best acc: {state['best_acc']:.2f} (epoch {state['best_epoch']})",
-                  "test set of synthetic10"):  # fmt: skip
+                  "test set of synthetic10; 10 classes; mean 0.4989"):  # fmt: skip
         assert words in line
     assert contents(folder) == before
     assert "--lr 0.1 -> 0.2" in start("--resume", "auto", "--lr", "0.2").stdout
@@ -196,8 +208,12 @@ def epochs(folder):
 
 @pytest.mark.parametrize(
     "flags",
-    [("--resume", checkpoint.PREVIOUS), ("--start-epoch", "1", "--resume", checkpoint.LATEST)],
-    ids=["an older file", "--start-epoch"],
+    [
+        ("--resume", checkpoint.PREVIOUS),
+        ("--start-epoch", "1", "--resume", checkpoint.LATEST),
+        ("--start-epoch", "0", "--resume", checkpoint.BEST),
+    ],
+    ids=["an older file", "--start-epoch", "the very beginning"],
 )
 def test_going_back_keeps_what_was_newer(trained, flags):
     folder, start = trained
@@ -209,6 +225,7 @@ def test_going_back_keeps_what_was_newer(trained, flags):
         result.stdout
     )
     assert contents(kept) == before
+    assert not (folder / "replaced-2").exists()
     assert epochs(folder) == epochs(kept) == [1, 2, 3]
     assert not (folder / checkpoint.DAMAGED).exists()
     assert start("--resume", kept / checkpoint.LATEST, "--epochs", "4", to=kept).returncode == 0

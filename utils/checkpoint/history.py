@@ -18,7 +18,7 @@ from utils.files import replace_by_link
 
 def keep_newer(
     folder: Path, loaded: LoadedCheckpoint, state: TrainState, names: Sequence[str]
-) -> None:
+) -> bool:
     """Keep the files of a run that goes back in its own folder, before it replaces them.
 
     The newest checkpoint is then the one that the run goes on from, so that the next save pushes
@@ -29,28 +29,32 @@ def keep_newer(
         loaded: The checkpoint that the run goes on from.
         state: Where it goes on.
         names: The files of the run.
+
+    Returns:
+        Whether the run goes back, and its files have been kept.
     """
     newest = folder / LATEST
     content = _content(newest, loaded)
     epoch, step = content.get("epoch", 0), content.get("step", 0)
     goes_back = (epoch, step) > (state.epoch, state.step)
     if goes_back:
-        kept = _keep(folder, names)
+        place = _keep(folder, names)
         log.warning(
             f"going back from epoch {epoch}{f', step {step}' if step else ''}: the newer files of "
-            f"{folder} are kept in {kept}"
+            f"{folder} are kept in {place}"
         )
     elif content or not newest.exists():
-        return
+        return False
     else:
         newest.replace(folder / DAMAGED)
     if loaded.path.name != LATEST:
         replace_by_link(loaded.path, newest)
     if goes_back and loaded.path.name != PREVIOUS:
         (folder / PREVIOUS).unlink(missing_ok=True)
+    return goes_back
 
 
-def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState) -> None:
+def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState, kept: bool) -> None:
     """Let model_best.pth.tar hold the weights of the best epoch so far, or be missing.
 
     Where the folder has others under that name, those of another start or of an epoch that is
@@ -60,6 +64,7 @@ def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState) -> No
         folder: The run folder.
         loaded: The checkpoint that the run goes on from.
         state: Where it goes on, and what its best epoch was.
+        kept: Whether ``keep_newer`` has kept the folder's files just now.
     """
     best = folder / BEST
     places = (best, loaded.path, loaded.path.parent / BEST)
@@ -67,8 +72,9 @@ def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState) -> No
     if found == best or (found is None and state.best_acc > 0 and not state.best_epoch):
         return  # An older script has named no epoch; only a better one replaces the file.
     if best.exists():
-        kept = _keep(folder, [BEST])
-        log.warning(f"{best} is not of the best epoch so far: kept in {kept}")
+        if not kept:
+            place = _keep(folder, [BEST])
+            log.warning(f"{best} is not of the best epoch so far: kept in {place}")
         best.unlink()
     if found:
         replace_by_link(found, best)
@@ -95,10 +101,10 @@ def _content(path: Path, loaded: LoadedCheckpoint) -> dict[str, Any]:
 def _keep(folder: Path, names: Sequence[str]) -> Path:
     """Give files of a run folder a second name in a new folder in it, which is returned."""
     number = 1
-    while (kept := folder / f"replaced-{number}").exists():
+    while (place := folder / f"replaced-{number}").exists():
         number += 1
-    kept.mkdir()
+    place.mkdir()
     for name in names:
         if (folder / name).exists():
-            replace_by_link(folder / name, kept / name)
-    return kept
+            replace_by_link(folder / name, place / name)
+    return place

@@ -115,8 +115,6 @@ def _claim(
         lock = lock_folder(folder)
         try:
             _take_over(folder, run, loaded, state, about, restarted)
-            if loaded:
-                settle_best(folder, loaded, state)
         except BaseException:
             unlock_folder(lock)
             raise
@@ -160,11 +158,13 @@ def _take_over(
             "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
         )
     clear_leftovers(folder)
-    if mine and loaded:
-        keep_newer(folder, loaded, state, (*_FILES, "args.json"))
+    names = (*_FILES, "args.json")
+    kept = bool(mine and loaded and keep_newer(folder, loaded, state, names))
     write_args(folder / "args.json", about)
     for name in [] if mine else found:
         (folder / name).unlink()
+    if loaded:
+        settle_best(folder, loaded, state, kept)
 
 
 def _check_trace(path: Path) -> None:

@@ -100,7 +100,7 @@ def _add_model_flags(group: argparse._ArgumentGroup) -> None:
 def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "-d", "--dataset", type=one_of(DATASETS), default="cifar10", metavar="NAME",
-        help="one of " + ", ".join(DATASETS),
+        help=f"one of {', '.join(DATASETS)} (default: cifar10, or the one of --resume FILE)",
     )  # fmt: skip
     group.add_argument(
         "--data", type=path, default="data", metavar="DIR",
@@ -127,7 +127,7 @@ def _add_data_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--stats", choices=("true", "legacy"), default="true",
         help="normalise with the data set's true mean and standard deviation, or with the "
-        "widespread 0.2023 0.1994 0.2010",
+        "widespread 0.2023 0.1994 0.2010 (default: true, or what the checkpoint says)",
     )  # fmt: skip
     group.add_argument(
         "--pad-mode", choices=("zero", "reflect"), default="zero",

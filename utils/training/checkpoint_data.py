@@ -16,6 +16,7 @@ from utils import log
 from utils.checkpoint.resume import LoadedCheckpoint
 from utils.config.args import DATASETS
 from utils.config.schema import Config
+from utils.config.validation import check
 from utils.data.datasets import LEGACY_STATISTICS, Dataset
 from utils.errors import UserError, one_line
 
@@ -23,7 +24,11 @@ _NAMES_SHOWN = 3
 
 
 def resolve_data(config: Config, loaded: LoadedCheckpoint | None) -> Config:
-    """Return the configuration with data set and statistics of a checkpoint, where no flag says."""
+    """Return the configuration with data set and statistics of a checkpoint, where no flag says.
+
+    Raises:
+        UserError: A flag does not go with the checkpoint's data set.
+    """
     if loaded is None:
         return config
     content, data = loaded.content, config.data
@@ -33,7 +38,9 @@ def resolve_data(config: Config, loaded: LoadedCheckpoint | None) -> Config:
         data = replace(data, dataset=name)
     if "stats" not in config.explicit:
         data = replace(data, stats=_recorded_stats(content))
-    return config.replace(data=data)
+    config = config.replace(data=data)
+    check(config)
+    return config
 
 
 def _recorded_stats(content: Mapping[str, Any]) -> str:
@@ -137,6 +144,21 @@ def describe_statistics(mean: Sequence[float], std: Sequence[float]) -> str:
     """Return statistics in words: ``mean 0.4914 0.4822 0.4465, std 0.2470 0.2435 0.2616``."""
     words = (" ".join(f"{value:.4f}" for value in values) for values in (mean, std))
     return "mean {}, std {}".format(*words)
+
+
+def describe_record(content: Mapping[str, Any], split: str) -> str:
+    """Return in words what the accuracies that a checkpoint holds are of, as far as it says.
+
+    Args:
+        content: What the file holds.
+        split: Which part of the data set it is: "test" or "validation".
+    """
+    words = [f"{split} set of {content.get('dataset', 'an unknown data set')}"]
+    if "classes" in content:
+        words.append(f"{len(content['classes'])} classes")
+    if content.keys() >= {"mean", "std"}:
+        words.append(describe_statistics(content["mean"], content["std"]))
+    return "; ".join(words)
 
 
 def describe_scoring(dataset: Dataset, images: int, split: str) -> str:

@@ -28,7 +28,7 @@ from utils.data.datasets import Dataset
 from utils.data.image_set import Splits
 from utils.distributed.comm import Comm
 from utils.errors import UserError, one_line
-from utils.training.checkpoint_data import describe_scoring, log_read_as
+from utils.training.checkpoint_data import describe_record, describe_scoring, log_read_as
 from utils.training.evaluation import Evaluator
 from utils.training.plan import EpochPlan
 
@@ -169,12 +169,11 @@ def log_finished(loaded: LoadedCheckpoint | None, config: Config) -> bool:
         return False
     options = content.get("options")
     before = options if isinstance(options, dict) else {}
-    split = "validation" if before.get("val_split") else "test"
     log.info(
         f"finished: {loaded.path} has been trained for {epoch} epochs; Last acc: "
         f"{content.get('acc', 0):.2f}, Best acc: {content.get('best_acc', 0):.2f} "
-        f"({_epoch_of(content.get('best_epoch', 0))}), on the {split} set of "
-        f"{content.get('dataset', 'an unknown data set')}"
+        f"({_epoch_of(content.get('best_epoch', 0))}), on the "
+        f"{describe_record(content, 'validation' if before.get('val_split') else 'test')}"
     )
     if changed := _changed(before, config.options()):
         log.note(one_line(f"other flags than its own have no effect: {', '.join(changed)}"))
