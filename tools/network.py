@@ -73,6 +73,7 @@ def load_network(path: Path, trust: bool) -> Network:
         f"{describe_statistics(mean, std)} "
         f"({'of the file' if says else 'assumed, as of older scripts: the file does not say'}); "
         f"{count} classes ({'of the file' if 'classes' in state else 'numbers: it names none'})"
+        + (f"; read {', '.join(state['read_as'])}" if state["read_as"] else "")
     )
     name = describe_model(arch, arguments)
     return Network(model, classes, tuple(mean), tuple(std), name, origin)
