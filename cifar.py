@@ -20,7 +20,7 @@ from utils.checkpoint.manager import CheckpointManager
 from utils.checkpoint.restore import restore_training_state
 from utils.checkpoint.resume import find_checkpoint
 from utils.checkpoint.run_dir import claim_run_dir, run_folder
-from utils.checkpoint.train_state import TrainState
+from utils.checkpoint.train_state import TrainState, is_finished
 from utils.config.schema import Config
 from utils.distributed.comm import Comm
 from utils.distributed.consistency import check_consistency
@@ -55,11 +55,9 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     build.check_model_fits(config, comm)
     folder = run_folder(config.run, config.model, config.data.dataset)
     loaded = find_checkpoint(config.run, folder, comm)  # broadcast
-    if summary.log_finished(loaded, config):
-        return
     config = resolve_data(config, loaded)  # What a checkpoint knows of its images counts.
     with comm.local_rank_zero_first():  # barriers: one worker of each node downloads
-        dataset = match_dataset(build.dataset(config.data), loaded, config)
+        dataset, loaded = match_dataset(build.dataset(config.data), loaded, config)
     check_consistency(comm, dataset.fingerprint)  # all-reduce
 
     # The sets, the steps of an epoch, and the network with the weights of a checkpoint, if any.
@@ -68,15 +66,17 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     model, memory_format = build.model(config, dataset, splits, loaded, comm)  # broadcast
     evaluator = build.evaluator(model, config, comm)
     if config.run.evaluate:
-        evaluate_checkpoint(  # all-reduces: batch-norm statistics, metrics
-            evaluator, splits.test, loaded, dataset, config.run.per_class
-        )
+        evaluate_checkpoint(evaluator, splits.test, loaded, dataset, config.run)  # all-reduces
         return
     if config.run.estimate:
         log_estimate(
             model, splits.train, len(splits.validation), plan.global_batch, config.train.epochs,
             config.hardware.amp, comm,
         )  # fmt: skip
+        return
+
+    if loaded and is_finished(loaded, config):
+        summary.log_finished(loaded, config, dataset, splits)
         return
 
     # Where training starts, and the optimizer.
@@ -116,7 +116,7 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
     run_log.close()
     if config.run.trace:
         loop.times.write(Path(config.run.trace), comm)  # all-reduce
-    summary.log_end(state, evaluator, splits, dataset, folder)  # --val-split: all-reduces
+    summary.log_end(state, evaluator, splits, dataset, folder, config.run)  # all-reduces
 
 
 if __name__ == "__main__":

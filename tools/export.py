@@ -68,13 +68,7 @@ def _report(path: Path, wanted: torch.Tensor, got: torch.Tensor) -> bool:
 
 def _safetensors(network: Network, path: Path, images: torch.Tensor) -> torch.Tensor:
     """Write the weights, read them into a fresh network and return its logits."""
-    about = {
-        "network": network.name,
-        "classes": list(network.classes),
-        "mean": list(network.mean),
-        "std": list(network.std),
-    }
-    content = pack(network.model.state_dict(), about)
+    content = pack(network.model.state_dict(), {"network": network.name, **network.said})
     write_atomically(path, lambda file: file.write(content))
     fresh = load_network(path, trust=False)
     with torch.inference_mode():

@@ -19,7 +19,7 @@ from torch import Tensor
 from models import identify
 from utils.checkpoint.format import describe_model, describe_shapes, load
 from utils.errors import command, one_line
-from utils.training.checkpoint_data import describe_statistics
+from utils.training.checkpoint_data import describe_statistics, says_statistics
 
 
 def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
@@ -42,15 +42,19 @@ def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
     epoch = state.get("epoch", state.get("trained_epochs", "unknown"))
     step = f", step {state['step']} of the next" if state.get("step") else ""
     lines.append(f"trained    {epoch} epochs{step}")
+    options = state.get("options", {})
+    split = ("validation " if options.get("val_split") else "test ") if options else ""
     for key, title in (("acc", "last"), ("best_acc", "best")):
         if key in state:
-            lines.append(f"{title:<10} {float(state[key]):.2f} % validation accuracy")
+            lines.append(f"{title:<10} {state[key]:.2f} % {split}accuracy")
+    if state.get("best_epoch"):
+        lines[-1] += f" after epoch {state['best_epoch']}"
     momentum = _count_momentum(state.get("optimizer"))
     lines.append(f"optimizer  {f'momentum of {momentum} tensors' if momentum else 'none'}")
     if "dataset" in state:
         classes = f", {len(state['classes'])} classes" if "classes" in state else ""
         lines.append(f"data       {state['dataset']}{classes}")
-    if state.keys() >= {"mean", "std"}:
+    if says_statistics(state):
         lines.append(f"normalised {describe_statistics(state['mean'], state['std'])}")
     else:
         lines.append("normalised unknown; taken for the legacy statistics where it is evaluated")

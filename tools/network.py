@@ -1,7 +1,9 @@
 """The network of a checkpoint, ready to use, for the tools that train nothing."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from utils.checkpoint.format import describe_model, describe_shapes, load
 from utils.checkpoint.restore import load_model
 from utils.data.datasets import LEGACY_STATISTICS
 from utils.errors import UserError
-from utils.training.checkpoint_data import describe_statistics
+from utils.training.checkpoint_data import describe_statistics, says_statistics
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Network:
         std: The standard deviation per channel to normalise with, of pixels scaled to 0..1.
         name: The architecture and its arguments, in words.
         origin: What the inputs and outputs are taken for and who says so, in words.
+        said: What the file itself says of its data, by the keys of a checkpoint.
     """
 
     model: nn.Module
@@ -32,6 +35,7 @@ class Network:
     std: tuple[float, ...]
     name: str
     origin: str
+    said: Mapping[str, Any]
 
 
 def load_network(path: Path, trust: bool) -> Network:
@@ -67,7 +71,7 @@ def load_network(path: Path, trust: bool) -> Network:
             f"CHECKPOINT {path}: names {len(classes)} classes of a network that has {count}; "
             "name another file"
         )
-    says = state.keys() >= {"mean", "std"}
+    says = says_statistics(state)
     mean, std = (state["mean"], state["std"]) if says else LEGACY_STATISTICS
     origin = (
         f"{describe_statistics(mean, std)} "
@@ -76,4 +80,6 @@ def load_network(path: Path, trust: bool) -> Network:
         + (f"; read {', '.join(state['read_as'])}" if state["read_as"] else "")
     )
     name = describe_model(arch, arguments)
-    return Network(model, classes, tuple(mean), tuple(std), name, origin)
+    keys = {"dataset", "classes", "mean", "std"}
+    said: dict[str, Any] = {key: value for key, value in state.items() if key in keys}
+    return Network(model, classes, tuple(mean), tuple(std), name, origin, said)

@@ -111,7 +111,7 @@ def replace_by_link(source: Path, path: Path) -> None:
     temporary = _temporary_path(path)
     try:
         try:
-            os.link(source, temporary)
+            os.link(os.path.realpath(source), temporary)  # Not a link that leads nowhere there.
         except OSError:
             shutil.copyfile(source, temporary)
         os.replace(temporary, path)

@@ -109,9 +109,10 @@ def test_the_data_set_is_that_of_the_file_unless_a_flag_says(legacy, evaluate):
     archive = evaluate(file, "--data-md5", 32 * "0")
     assert archive.returncode == 2
     assert "-d synthetic10 reads no archive" in archive.stderr
-    refused = evaluate(file, "-d", "synthetic100", "--test-size", "100")
-    assert refused.returncode == 2
-    assert "-d synthetic100: has other classes than" in refused.stderr
+    for other in ("synthetic100", "cifar10"):  # Known before anything is downloaded.
+        refused = evaluate(file, "-d", other)
+        assert refused.returncode == 2
+        assert f"-d {other}: {file} was trained on synthetic10" in refused.stderr
 
 
 @pytest.fixture
@@ -190,10 +191,18 @@ def test_a_finished_run_is_finished(trained):
     (line,) = result.stdout.splitlines()
     for words in ("finished: ", str(folder), "3 epochs", f"Last acc: {state['acc']:.2f}",
                   f"Best acc: {state['best_acc']:.2f} (epoch {state['best_epoch']})",
-                  "test set of synthetic10; 10 classes; mean 0.4989"):  # fmt: skip
+                  "test set of synthetic10, 50 images; 10 classes (of the file)"):  # fmt: skip
         assert words in line
     assert contents(folder) == before
     assert "--lr 0.1 -> 0.2" in start("--resume", "auto", "--lr", "0.2").stdout
+    for flags, words in (
+        (["--stats", "legacy"], "--stats legacy: is mean"),
+        (["-d", "cifar10"], "was trained on synthetic10"),
+        (["-a", "resnet"], "holds alexnet"),
+    ):
+        other = start("--resume", "auto", *flags)
+        assert other.returncode == 2
+        assert words in other.stderr
     # A file that is named is asked for; that it has no epochs left is worth an error.
     named = start("--resume", folder / checkpoint.LATEST)
     assert named.returncode == 2
@@ -251,6 +260,63 @@ def test_the_best_weights_come_along_into_another_folder(trained, tmp_path):
     assert not (three / checkpoint.BEST).exists()
 
 
+@pytest.mark.parametrize(
+    "change", [["--val-split", "32"], ["--test-size", "40"]], ids=["--val-split", "test images"]
+)
+def test_an_accuracy_on_other_images_is_not_compared(trained, change):
+    """The best epoch counts anew, and the best weights so far are kept elsewhere."""
+    folder, start = trained
+    best = (folder / checkpoint.BEST).read_bytes()
+    result = start("--resume", "auto", "--epochs", "4", *change)
+    assert result.returncode == 0, result.stderr
+    assert "its accuracies were measured on other images" in result.stdout
+    assert "(epoch 4, " in re.search("^Best acc.*", result.stdout, re.M)[0]
+    assert checkpoint.load(folder / checkpoint.BEST)["epoch"] == 4
+    assert (folder / "replaced-1" / checkpoint.BEST).read_bytes() == best
+    finished = start("--resume", "auto", "--epochs", "4")
+    assert "Last acc: not known, Best acc: not known" in finished.stdout
+
+
+def test_a_best_model_with_its_log_alone_is_a_run_that_goes_back(trained):
+    """As people share them: the newest checkpoint is not there, and the log knows more epochs."""
+    folder, start = trained
+    rows = (folder / "log.txt").read_text()
+    state = checkpoint.load(folder / checkpoint.PREVIOUS)
+    assert state["epoch"] == 2
+    (folder / checkpoint.PREVIOUS).rename(folder / "shared.pth.tar")
+    (folder / checkpoint.LATEST).unlink()
+    assert start("--resume", folder / "shared.pth.tar").returncode == 0
+    assert (folder / "replaced-1" / "log.txt").read_text() == rows
+    assert epochs(folder) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("how", ["link", "detour", "trusted"])
+def test_the_newest_checkpoint_is_known_by_whatever_name(trained, how):
+    """It is never taken for a damaged one, and no link takes its place."""
+    folder, start = trained
+    file, flags = folder / checkpoint.LATEST, ["--epochs", "4"]
+    if how == "link":
+        (folder / "latest").symlink_to(checkpoint.LATEST)
+        file = folder / "latest"
+    elif how == "detour":
+        file = folder / ".." / folder.name / checkpoint.LATEST
+    else:  # Also where another of its files needs trust.
+        for name in (checkpoint.LATEST, checkpoint.BEST):
+            state = checkpoint.load(folder / name)
+            torch.save({"net": state["state_dict"], "epoch": state["epoch"],
+                        "acc": np.float64(99 + (name == checkpoint.BEST) / 2), "best_acc": 99.5},
+                       folder / name)  # fmt: skip
+        flags += ["--trust-checkpoint", "--val-split", "32"]
+    (folder / checkpoint.PREVIOUS).unlink()
+    result = start("--resume", file, *flags)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert not (folder / checkpoint.DAMAGED).exists()
+    assert not any((folder / name).is_symlink() for name in (checkpoint.LATEST, checkpoint.BEST))
+    assert checkpoint.load(folder / checkpoint.LATEST)["epoch"] == 4
+    if how == "trusted":
+        assert re.search(r"Best acc: [\d.]+ \(epoch not known, test set; chosen by", result.stdout)
+
+
 def test_a_better_model_of_an_older_script_is_not_replaced(run_script, tmp_path):
     """Its best accuracy stands under another key, and it has not kept the epoch."""
     assert run_script([*SMALL, "--epochs", "1", "-c", tmp_path / "ours"]).returncode == 0
@@ -265,7 +331,7 @@ def test_a_better_model_of_an_older_script_is_not_replaced(run_script, tmp_path)
     flags = [*SMALL, "--epochs", "3", "--resume", folder / checkpoint.LATEST]
     result = run_script(flags)
     assert result.returncode == 0, result.stderr
-    assert "Best acc: 99.50 (epoch not known, chosen on the test set" in result.stdout
+    assert "Best acc: 99.50 (epoch not known, as an older script says" in result.stdout
     assert (folder / checkpoint.BEST).read_bytes() == best
 
 
@@ -279,5 +345,5 @@ def test_a_best_model_of_unknown_accuracy_is_kept(run_script, tmp_path):
     best = (folder / checkpoint.BEST).read_bytes()
     result = run_script([*SMALL, "--epochs", "2", "--resume", folder / checkpoint.LATEST])
     assert result.returncode == 0, result.stderr
-    assert "is not of the best epoch so far: kept in" in result.stdout
+    assert "model_best.pth.tar cannot be compared: kept in" in result.stdout
     assert (folder / "replaced-1" / checkpoint.BEST).read_bytes() == best

@@ -6,6 +6,7 @@ import json
 import sys
 from collections import OrderedDict
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -121,6 +122,26 @@ def test_predict_names_the_likeliest_classes(tool, trained, tmp_path):
     shares = [float(line.split()[0]) for line in lines]
     assert shares == sorted(shares, reverse=True)
     assert tool("predict.py", trained, tmp_path / "none.png").returncode == 2
+
+
+def test_what_a_file_does_not_say_is_assumed_and_not_exported_as_its_word(tool, tmp_path):
+    """A file of another script, which needs trust, and what becomes of it as safetensors."""
+    pytest.importorskip("safetensors")
+    image, old, new = (tmp_path / name for name in ("image.png", "old.pth", "new.safetensors"))
+    Image.new("RGB", (32, 32)).save(image)
+    torch.save({"net": create_model("alexnet").state_dict(), "acc": np.float64(12)}, old)
+    for name, words in (("predict.py", [image]), ("export.py", ["--safetensors", new])):
+        result = tool(name, old, *words)
+        assert result.returncode == 2
+        assert "--trust-checkpoint" in result.stderr
+        result = tool(name, old, *words, "--trust-checkpoint")
+        assert result.returncode == 0, result.stderr
+        about = result.stdout.splitlines()[0]
+        for said in ("0.2023 0.1994 0.2010 (assumed", "numbers: it names none", "from 'net'"):
+            assert said in about
+    state = checkpoint.load(new)
+    assert not state.keys() & {"classes", "mean", "std", "dataset"}
+    assert "(assumed" in tool("predict.py", new, image).stdout
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What the fields of a checkpoint may hold: anybody can write a file, and a run relies on these."""
 
+import json
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,8 +9,10 @@ from torch import Tensor
 
 from utils.errors import one_line
 
-# More epochs and steps than any run has; the largest float that counts them exactly is far above.
+# No run has as many epochs or steps, and a float counts this many exactly.
 _MOST = 10**9
+# The largest mean, and the inverse of the smallest deviation, of pixels scaled to 0..1.
+_LARGEST = 1e6
 
 
 def check_fields(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -30,46 +33,54 @@ def check_fields(state: Mapping[str, Any]) -> dict[str, Any]:
             try:
                 value = read(value)
             except Exception as error:  # A foreign object can raise anything when it is read.
-                shown = one_line(_shown(value), 60)
-                raise ValueError(f"its {name!r} is {shown}, which is no {what}") from error
+                raise ValueError(f"its {name!r} is {shown(value)}, which is no {what}") from error
         found[name] = value
     return found
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value in a few printable words, whatever it is."""
     if isinstance(value, Tensor) and value.numel() != 1:
         return f"a tensor of shape {tuple(value.shape)}"
-    return repr(value)
+    try:
+        return one_line(repr(value), 60)
+    except Exception:  # A list may be nested without end.
+        return f"a {type(value).__name__}"
 
 
-def _number(value: Any) -> float:
+def number(value: Any) -> float:
+    """Return a finite number, also of a tensor or an array of one.
+
+    Raises:
+        Exception: It is none.
+    """
     if isinstance(value, str | bytes):
         raise TypeError
-    number = float(value)
-    if not math.isfinite(number):
+    found = float(value)
+    if not math.isfinite(found):
         raise ValueError
-    return number
+    return found
 
 
 def _count(value: Any) -> int:
-    number = _number(value)
-    if number != int(number) or not 0 <= number <= _MOST:
+    found = number(value)
+    if found != int(found) or not 0 <= found <= _MOST:
         raise ValueError
-    return int(number)
+    return int(found)
 
 
 def _seconds(value: Any) -> float:
-    number = _number(value)
-    if number < 0:
+    found = number(value)
+    if found < 0:
         raise ValueError
-    return number
+    return found
 
 
 def _rows(value: Any) -> list[list[float]]:
     """Return the sums of each worker; files of format 1 hold one row of them all."""
     _check_type(value, list)
     rows = value if not value or isinstance(value[0], list) else [value]
-    found = [[_number(number) for number in row] for row in rows]
+    found = [[number(item) for item in row] for row in rows]
     if any(len(row) != 4 for row in found):
         raise ValueError
     return found
@@ -84,15 +95,15 @@ def _names(value: Any) -> list[str]:
 
 def _channels(value: Any) -> list[float]:
     _check_type(value, list, tuple)
-    found = [_number(number) for number in value]
-    if len(found) != 3:
+    found = [number(item) for item in value]
+    if len(found) != 3 or max(map(abs, found)) > _LARGEST:
         raise ValueError
     return found
 
 
 def _positive_channels(value: Any) -> list[float]:
     found = _channels(value)
-    if min(found) <= 0:
+    if min(found) < 1 / _LARGEST:
         raise ValueError
     return found
 
@@ -107,6 +118,18 @@ def _word(value: Any) -> str:
 def _dict(value: Any) -> dict[Any, Any]:
     _check_type(value, dict)
     return value
+
+
+def _plain_dict(value: Any) -> dict[str, Any]:
+    """Return a dict of JSON's types, which can be compared and printed."""
+    return dict(json.loads(json.dumps(_dict(value))))
+
+
+def _checksums(value: Any) -> list[int]:
+    _check_type(value, list)
+    if len(value) != 4:
+        raise ValueError
+    return [int(number(item)) for item in value]
 
 
 def _buffers(value: Any) -> Tensor:
@@ -127,8 +150,8 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "step": ("number of steps", _count),
     "step_sums": ("list of four sums a worker", _rows),
     "step_seconds": ("time", _seconds),
-    "acc": ("accuracy", _number),
-    "best_acc": ("accuracy", _number),
+    "acc": ("accuracy", number),
+    "best_acc": ("accuracy", number),
     "best_epoch": ("number of an epoch", _count),
     "classes": ("list of names", _names),
     "mean": ("mean of three channels", _channels),
@@ -137,7 +160,9 @@ _FIELDS: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "network": ("name", _word),
     "job": ("name", _word),
     "workers": ("number of workers", _count),
-    "shape": ("dict", _dict),
+    "shape": ("dict of plain values", _plain_dict),
+    "options": ("dict of plain values", _plain_dict),
+    "images": ("list of four checksums", _checksums),
     "buffers": ("table of statistics", _buffers),
     "optimizer": ("state of an optimizer", _dict),
     "versions": ("dict", _dict),

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from models import SHORTCUT, identify
+from utils.checkpoint.fields import check_fields, number
 
 # The keys under which scripts save, in the order in which they are looked for.
 WEIGHTS = ("state_dict", "model_state_dict", "net", "model", "model_state", "weights")
@@ -19,6 +20,8 @@ BEST_ACC = (
     "best_acc", "best_prec1", "best_acc1", "best_top1", "best_accuracy", "best_val_acc",
     "best_prec",
 )  # fmt: skip
+
+_ABOUT_IMAGES = ("classes", "mean", "std")
 
 # What DataParallel, DistributedDataParallel and torch.compile put into names, wherever the wrapped
 # module is: features.module.0.weight is features.0.weight of a network that is partly parallel.
@@ -44,12 +47,11 @@ def find_weights(state: Any) -> tuple[dict[str, Any], str] | None:
     for key in WEIGHTS:
         value = state.get(key)
         weights = value.state_dict() if isinstance(value, nn.Module) else value
-        # A script may keep something else under the other keys, such as the name of its model.
-        if isinstance(weights, dict) and (
-            key == WEIGHTS[0] or any(isinstance(v, Tensor) for v in weights.values())
-        ):
+        # A script may keep something else under these keys, such as the name of its model.
+        if isinstance(weights, dict) and any(isinstance(v, Tensor) for v in weights.values()):
             return weights, key
-    return None
+    empty = state.get(WEIGHTS[0])
+    return (empty, WEIGHTS[0]) if isinstance(empty, dict) else None
 
 
 def plain_names(weights: Mapping[str, Any]) -> dict[str, Any]:
@@ -84,8 +86,11 @@ def _is_known(weights: Mapping[str, Any]) -> bool:
     return bool(identify(shapes) or identify(shapes, but_for=SHORTCUT))
 
 
-def in_our_words(state: dict[str, Any], key: str) -> dict[str, Any]:
+def in_our_words(state: Mapping[str, Any], key: str) -> dict[str, Any]:
     """Return what a file of another script says, by the keys of this suite.
+
+    Only what such a script may mean as we do is taken: its ``step``, for example, need not be a
+    step of the epoch.
 
     Args:
         state: What the file holds.
@@ -95,28 +100,43 @@ def in_our_words(state: dict[str, Any], key: str) -> dict[str, Any]:
         A new dict. ``read_as`` in it says in words what was taken for what.
     """
     said = [f"weights from {key!r}"] if key not in ("", "state_dict") else []
-    found = {name: value for name, value in state.items() if name not in WEIGHTS}
+    found = {name: state[name] for name in ("epoch", "dataset") if name in state}
+    found |= {name: state[name] for name in _ABOUT_IMAGES if _is_sensible(name, state.get(name))}
+    values = ((name, _number_of(state.get(name))) for name in (*ACC, *BEST_ACC))
+    accuracies = {name: value for name, value in values if value is not None}
+    # Some scripts keep fractions; bearpaw's, which has both keys, keeps per cent.
+    known_unit = key == "state_dict" and {"acc", "best_acc"} <= accuracies.keys()
+    fractions = not known_unit and all(0 < value < 1 for value in accuracies.values())
+    known = accuracies | {k: state[k] for k in OPTIMIZER if isinstance(state.get(k), dict)}
     for own, names in (("optimizer", OPTIMIZER), ("acc", ACC), ("best_acc", BEST_ACC)):
-        name = next((name for name in names if state.get(name) is not None), own)
-        if name in state:
-            found[own] = state[name]
-            if name != own:
-                said.append(f"{own} from {name!r}")
-    for name in ("acc", "best_acc"):
-        value = _number(found.get(name))
-        if value is not None and 0 < value < 1:
-            found[name] = 100 * value
-            said.append(f"{name} {value:g} as {100 * value:.2f} %")
+        name = next((name for name in names if name in known), None)
+        if name is None:
+            continue
+        found[own] = known[name]
+        if name != own:
+            said.append(f"{own} from {name!r}")
+        if name in accuracies and fractions:
+            found[own] = 100 * known[name]
+            said.append(f"{own} {known[name]:g} as {found[own]:.2f} %")
     # A script that keeps one accuracy keeps its best one: it saves where that has risen.
-    if "best_acc" not in found and found.get("acc") is not None:
+    if "best_acc" not in found and "acc" in found:
         found["best_acc"] = found["acc"]
         said.append("acc as the best one")
     return {**found, "read_as": said}
 
 
-def _number(value: Any) -> float | None:
-    """Return a number, also of a tensor of one; None for anything else."""
+def _number_of(value: Any) -> float | None:
+    """Return a number; None for what is none, such as a list of them all."""
     try:
-        return float(value)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return number(value)
+    except Exception:  # A foreign object can raise anything when it is read.
         return None
+
+
+def _is_sensible(name: str, value: Any) -> bool:
+    """Return whether classes or statistics of another script are such as ours."""
+    try:
+        check_fields({name: value})
+    except ValueError:
+        return False
+    return value is not None and (name == "classes" or max(value) <= 1)

@@ -67,6 +67,8 @@ def read(path: Path, flag: str = "--resume") -> bytes:
     Raises:
         UserError: It cannot be read.
     """
+    if path.is_dir():
+        raise UserError(f"{flag} {path}: is a folder; name a file in it, such as {path / LATEST}")
     if not path.is_file():
         raise UserError(f"{flag} {path}: no such file")
     try:
@@ -99,25 +101,28 @@ def parse(content: bytes, path: Path, flag: str, trust: bool | None) -> dict[str
     if not key:
         state = {}
     written = state.get("format", 0)
-    if not isinstance(written, int) or written > FORMAT:
+    if not isinstance(written, int):
+        written = 0  # Another script means something else by it.
+    if written > FORMAT:
         raise UserError(
             f"{flag} {path}: written in format {written}, this version reads up to "
             f"{FORMAT}; use a newer version"
         )
     if (written >= 2 or "digest" in state) and not _has_its_digest(state):
         raise UserError(f"{flag} {path}: damaged (its digest does not fit); name another file")
-    said = state if written or "weights_alone" in state else in_our_words(state, key)
+    ours = written or "weights_alone" in state
+    said = {**state, "read_as": []} if ours else in_our_words(state, key)
     try:
         said = check_fields(said)
     except ValueError as error:
         raise UserError(f"{flag} {path}: {error}; name another file") from error
-    return {"read_as": [], **said, "state_dict": plain_names(weights)}
+    return {**said, "state_dict": plain_names(weights)}
 
 
 def _decoded(content: bytes, path: Path, flag: str, trust: bool | None) -> Any:
     """Return what the bytes hold."""
     for beginning, what in _NO_CHECKPOINTS:
-        if content[:100].lstrip().lower().startswith(beginning):
+        if content[:100].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(beginning):
             raise UserError(f"{flag} {path}: {what}")
     weights_alone = is_safetensors(content)
     if weights_alone:

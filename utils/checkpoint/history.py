@@ -17,25 +17,28 @@ from utils.files import replace_by_link
 
 
 def keep_newer(
-    folder: Path, loaded: LoadedCheckpoint, state: TrainState, names: Sequence[str]
+    folder: Path, loaded: LoadedCheckpoint, state: TrainState, names: Sequence[str], trust: bool
 ) -> bool:
     """Keep the files of a run that goes back in its own folder, before it replaces them.
 
     The newest checkpoint is then the one that the run goes on from, so that the next save pushes
-    no good one out. A damaged one stays under another name.
+    no good one out. One that cannot be read stays under another name.
 
     Args:
         folder: The run folder, in which the checkpoint lies.
         loaded: The checkpoint that the run goes on from.
         state: Where it goes on.
         names: The files of the run.
+        trust: Whether reading a file may execute code in it.
 
     Returns:
         Whether the run goes back, and its files have been kept.
     """
     newest = folder / LATEST
-    content = _content(newest, loaded)
+    content = _content(newest, loaded, trust)
     epoch, step = content.get("epoch", 0), content.get("step", 0)
+    if not newest.exists() and loaded.path.name != PREVIOUS:
+        epoch = _rows(folder / "log.txt")  # A best model that came with its log, perhaps.
     goes_back = (epoch, step) > (state.epoch, state.step)
     if goes_back:
         place = _keep(folder, names)
@@ -46,6 +49,7 @@ def keep_newer(
     elif content or not newest.exists():
         return False
     else:
+        log.warning(f"{newest} is damaged or needs trust: kept as {DAMAGED}")
         newest.replace(folder / DAMAGED)
     if loaded.path.name != LATEST:
         replace_by_link(loaded.path, newest)
@@ -54,7 +58,9 @@ def keep_newer(
     return goes_back
 
 
-def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState, kept: bool) -> None:
+def settle_best(
+    folder: Path, loaded: LoadedCheckpoint, state: TrainState, kept: bool, trust: bool
+) -> None:
     """Let model_best.pth.tar hold the weights of the best epoch so far, or be missing.
 
     Where the folder has others under that name, those of another start or of an epoch that is
@@ -65,16 +71,20 @@ def settle_best(folder: Path, loaded: LoadedCheckpoint, state: TrainState, kept:
         loaded: The checkpoint that the run goes on from.
         state: Where it goes on, and what its best epoch was.
         kept: Whether ``keep_newer`` has kept the folder's files just now.
+        trust: Whether reading a file may execute code in it.
     """
     best = folder / BEST
-    places = (best, loaded.path, loaded.path.parent / BEST)
-    found = next((p for p in places if is_best(_content(p, loaded), state)), None)
+    # A run that went back and has saved nothing since finds its own in what it has kept.
+    kept_before = sorted(folder.glob(f"replaced-*/{BEST}"))
+    places = (best, loaded.path, loaded.path.parent / BEST, *kept_before)
+    found = next((p for p in places if is_best(_content(p, loaded, trust), state)), None)
     if found == best or (found is None and state.best_acc > 0 and not state.best_epoch):
         return  # An older script has named no epoch; only a better one replaces the file.
     if best.exists():
         if not kept:
             place = _keep(folder, [BEST])
-            log.warning(f"{best} is not of the best epoch so far: kept in {place}")
+            why = "is not of the best epoch so far" if state.best_epoch else "cannot be compared"
+            log.warning(f"{best} {why}: kept in {place}")
         best.unlink()
     if found:
         replace_by_link(found, best)
@@ -90,12 +100,21 @@ def is_best(content: Mapping[str, Any], state: TrainState) -> bool:
     )
 
 
-def _content(path: Path, loaded: LoadedCheckpoint) -> dict[str, Any]:
+def _content(path: Path, loaded: LoadedCheckpoint, trust: bool) -> dict[str, Any]:
     """Return what a checkpoint holds; nothing where it is missing or no good one."""
+    same = path.resolve() == loaded.path.resolve()
     try:
-        return loaded.content if path == loaded.path else load(path)
+        return loaded.content if same else load(path, trust=trust)
     except UserError:
         return {}
+
+
+def _rows(path: Path) -> int:
+    """Return how many epochs a log.txt tells of; 0 where there is none."""
+    try:
+        return max(0, len(path.read_bytes().splitlines()) - 1)
+    except OSError:
+        return 0
 
 
 def _keep(folder: Path, names: Sequence[str]) -> Path:

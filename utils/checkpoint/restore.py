@@ -56,6 +56,12 @@ def load_model(
             f"{flag} {path}: holds {describe_shapes(shapes)}, not {wanted}; "
             f"give the matching {ask}, or another file"
         )
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not weights[name].is_floating_point():
+            raise UserError(
+                f"{flag} {path}: its weights are {weights[name].dtype}, as of a quantised network; "
+                "name a file with floating-point weights"
+            )
     # Every name but the counters is known to be there, so strict would only reject old files.
     model.load_state_dict(weights, strict=False)
 

@@ -147,24 +147,26 @@ def _take_over(
         and loaded.path.resolve().parent == folder.resolve()
     )
     found = [name for name in _FILES if (folder / name).exists()]
-    # It was killed before it saved anything: a log without rows is all that there is, or there is
-    # no checkpoint in what this very job had claimed, and so might remove.
+    # Either a killed run has left a log without rows, or this very job had claimed the folder and
+    # has saved nothing yet.
     begun = (loaded is None and run.resume == "auto" and _has_no_rows(folder, found)) or (
         restarted and not {LATEST, PREVIOUS} & {*found} and _was_claimed_by(folder, about["job"])
     )
     if found and not mine and not begun and not run.overwrite:
-        raise UserError(
-            f"--checkpoint {folder}: holds a run already ({found[0]}); "
+        ways_out = (
             "--resume auto continues it, --overwrite replaces it, -c DIR names another folder"
         )
+        if loaded:
+            ways_out = "name another folder with -c DIR"
+        raise UserError(f"--checkpoint {folder}: holds a run already ({found[0]}); {ways_out}")
     clear_leftovers(folder)
-    names = (*_FILES, "args.json")
-    kept = bool(mine and loaded and keep_newer(folder, loaded, state, names))
+    names, trust = (*_FILES, "args.json"), run.trust_checkpoint
+    kept = bool(mine and loaded and keep_newer(folder, loaded, state, names, trust))
     write_args(folder / "args.json", about)
     for name in [] if mine else found:
         (folder / name).unlink()
     if loaded:
-        settle_best(folder, loaded, state, kept)
+        settle_best(folder, loaded, state, kept, trust)
 
 
 def _check_trace(path: Path) -> None:

@@ -3,9 +3,19 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from utils import log
 from utils.checkpoint.resume import LoadedCheckpoint
-from utils.config.schema import TrainConfig
+from utils.config.schema import Config, TrainConfig
 from utils.errors import UserError
+
+
+def is_finished(loaded: LoadedCheckpoint, config: Config) -> bool:
+    """Return whether a run has nothing left to train, and was asked for no more than to go on.
+
+    The same command once more, as chains of jobs give it, is no mistake.
+    """
+    asked = config.run.resume == "auto" and config.train.start_epoch is None
+    return (asked or loaded.own) and loaded.content.get("epoch", 0) >= config.train.epochs
 
 
 @dataclass
@@ -49,7 +59,7 @@ class TrainState:
 
         Raises:
             UserError: The checkpoint has no epochs left to train, or stands inside an epoch of
-                another fingerprint.
+                another fingerprint, or behind its end.
         """
         if loaded is None:
             return cls(epoch=train.start_epoch or 0)
@@ -66,7 +76,10 @@ class TrainState:
         if train.start_epoch is not None and not loaded.own:
             found.epoch = train.start_epoch
             found.forget_steps()
-        if found.best_epoch > found.epoch:  # It is trained again, and was no epoch of this run.
+        if found.best_epoch > found.epoch:  # It lies after the start, so it is trained again.
+            log.note(
+                f"the best epoch so far, {found.best_epoch}, is forgotten: it is trained again"
+            )
             found.best_acc, found.best_epoch = 0.0, 0
         if found.epoch >= train.epochs:
             raise UserError(

@@ -283,7 +283,10 @@ def _unpickle(content: bytes) -> dict[bytes, Any]:
     unpickler.memo.clear()  # The memo holds all that was read, and the unpickler itself.
     if not isinstance(loaded, dict):
         raise ValueError("a batch is no dict")
-    return {key.encode() if isinstance(key, str) else key: value for key, value in loaded.items()}
+    batch = {key.encode() if isinstance(key, str) else key: value for key, value in loaded.items()}
+    if len(batch) < len(loaded):
+        raise ValueError("a batch has a key twice, as text and as bytes")
+    return batch
 
 
 class _BatchUnpickler(pickle._Unpickler):

@@ -33,6 +33,9 @@ SIZE = 32
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "TIFF", "WEBP")
 # Images of other programs, which Pillow, or an older one, does not know.
 _FOREIGN_SUFFIXES = {".avif", ".heic", ".heif", ".jxl", ".pfm", ".svg"}
+_KINDS = ", ".join(FORMATS).lower()
+# What Pillow opens, and what holds measurements, pages or films.
+_NO_IMAGES = {".bufr", ".eps", ".gbr", ".grib", ".h5", ".hdf", ".iim", ".mpeg", ".mpg", ".ps"}
 _PARTS = ("train", "test")
 _LAYOUT = "a folder data set holds train/<class>/* and test/<class>/*"
 # The number is part of fingerprints: what another version has decoded is decoded again.
@@ -71,9 +74,8 @@ def list_images(root: Path) -> Listing:
             if name not in train_folders:
                 raise UserError(
                     f"--data {root}: {folder} is a class that train/ lacks; "
-                    "both must have the same classes"
+                    "add images to train on, or remove it"
                 )
-        survey.untested = [name for name in classes if name not in test_folders]
         digest = hashlib.sha256(b"\0".join([_VERSION, *map(os.fsencode, classes)]))
         parts = []
         for folders in (train_folders, test_folders):
@@ -87,6 +89,10 @@ def list_images(root: Path) -> Listing:
                 digest.update(os.fsencode(path))
                 digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
             parts.append([(root / path, label) for path, _, label in found])
+        tested = {label for _, label in parts[1]}
+        survey.untested = [name for label, name in enumerate(classes) if label not in tested]
+        if not tested:
+            raise UserError(f"--data {root}: no images in test/ ({_KINDS}); {_LAYOUT}")
         survey.report()
     except OSError as error:
         raise UserError(
@@ -103,6 +109,7 @@ class _Survey:
 
     Attributes:
         left_out: Paths of what is no image or is hidden.
+        beside: What lies in neither train/ nor test/.
         unlabelled: Paths of the images that lie beside the folders of classes.
         untested: The classes without test images.
     """
@@ -110,12 +117,13 @@ class _Survey:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.left_out: list[str] = []
+        self.beside: list[str] = []
         self.unlabelled: list[str] = []
         self.untested: list[str] = []
         suffixes = Image.registered_extensions()
         self._read = {suffix for suffix, kind in suffixes.items() if kind in FORMATS}
         opened = {suffix for suffix, kind in suffixes.items() if kind in Image.OPEN}
-        self._images = opened | _FOREIGN_SUFFIXES
+        self._images = opened - _NO_IMAGES | _FOREIGN_SUFFIXES
 
     def list_classes(self, part: str) -> dict[str, str]:
         """Return the folder of each class of a part."""
@@ -158,18 +166,18 @@ class _Survey:
                         f"--data {self.root}: {path} leads back to a folder above it; remove it"
                     )
                 pending.append((path, above | {_identity_of(status)}))
-        if not found:
-            kinds = ", ".join(FORMATS).lower()
-            raise UserError(f"--data {self.root}: no images in {folder} ({kinds}); {_LAYOUT}")
+        if not found and part == _PARTS[0]:
+            raise UserError(f"--data {self.root}: no images in {folder} ({_KINDS}); {_LAYOUT}")
         return sorted(found)
 
     def report(self) -> None:
         """Print what is left out; what is hidden beside the parts is no part of the data."""
-        beside = (name for name in os.listdir(self.root) if name[0] != "." and name not in _PARTS)
-        self.left_out.extend(beside)
+        names = os.listdir(self.root)
+        self.beside = [name for name in names if name[0] != "." and name not in _PARTS]
         for say, names, what in (
             (log.warning, self.unlabelled, "images left out, as they lie in no folder of a class"),
             (log.note, self.left_out, "left out, as hidden or no image"),
+            (log.note, self.beside, "left out, as they are in neither train/ nor test/"),
             (log.note, self.untested, "classes without test images"),
         ):
             if names:

@@ -41,7 +41,9 @@ class Confusion:
     def _line(self, row: int, title: str, names: Sequence[str]) -> str:
         counts = self.counts[row].clone()
         total, right = int(counts.sum()), int(counts[row])
-        line = f"{title}  {100 * right / max(total, 1):6.2f} %  ({right} of {total})"
+        if not total:
+            return f"{title}  no images"
+        line = f"{title}  {100 * right / total:6.2f} %  ({right} of {total})"
         counts[row] = 0
         if int(counts.sum()):
             worst = int(counts.argmax())

@@ -69,8 +69,8 @@ def try_drawing(draw: Callable[[], None]) -> bool:
 def _import_matplotlib() -> Exception | None:
     """Import matplotlib, which is slow; return why it cannot be imported.
 
-    Neither of what may stand in its way is needed: Jupyter leaves an MPLBACKEND to its shells that
-    other environments lack, and a matplotlibrc may be damaged.
+    Two things can stand in its way, and neither is needed: Jupyter leaves an MPLBACKEND to its
+    shells that other environments lack, and a matplotlibrc may be damaged.
     """
     try:
         with _environment(MPLBACKEND="agg"):

@@ -4,6 +4,7 @@
 """
 
 import argparse
+import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from utils import log
 from utils.errors import UserError, command, one_line, reason_of
 from utils.files import make_output
 from utils.metrics.picture import draw_picture
-from utils.metrics.run_log import parse_log
+from utils.metrics.run_log import EPOCHS, parse_log
 
 PANELS = (("loss", "Train Loss", "Valid Loss"), ("accuracy, %", "Train Acc.", "Valid Acc."))
 
@@ -34,7 +35,8 @@ def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
     """Draw loss and accuracy over epochs, a colour a run, training dashed; replaces the file.
 
     Args:
-        runs: The columns of each run's log.txt, by the name of the run.
+        runs: The columns of each run's log.txt, by the name of the run. Without a column EPOCHS
+            its rows are counted from 1.
         picture: The file.
 
     Raises:
@@ -44,7 +46,7 @@ def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
     def fill(figure: Any) -> None:
         for axes, (label, train, valid) in zip(figure.subplots(1, 2), PANELS, strict=True):
             for number, (name, table) in enumerate(runs.items()):
-                epochs = range(1, len(table[train]) + 1)
+                epochs = table.get(EPOCHS, range(1, len(table[train]) + 1))
                 prefix = f"{one_line(name)} " if len(runs) > 1 else ""
                 if prefix.startswith("_"):  # A legend leaves such labels out.
                     prefix = " " + prefix
@@ -57,6 +59,23 @@ def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
             axes.legend(fontsize="small")
 
     draw_picture(picture, fill, (10, 4))
+
+
+def read_run(path: Path) -> dict[str, list[float]]:
+    """Return the columns of a log.txt, with its epochs where metrics.jsonl beside it has them.
+
+    Raises:
+        UserError: As ``read_log``.
+    """
+    table = read_log(path)
+    try:
+        lines = (path.parent / "metrics.jsonl").read_text().splitlines()
+        epochs = [float(json.loads(line)["epoch"]) for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        return table
+    rows = len(table[PANELS[0][1]])
+    # The rows of an older script stand before ours, and nothing else tells of their epochs.
+    return {**table, EPOCHS: epochs} if len(epochs) == rows else table
 
 
 def run_names(logs: Sequence[Path]) -> list[str]:
@@ -90,7 +109,7 @@ def main() -> int:
         first = logs.setdefault(os.path.realpath(path), path)
         if first is not path:
             log.note(f"{path}: is {first}, which is drawn once")
-    tables = map(read_log, logs.values())
+    tables = map(read_run, logs.values())
     runs = dict(zip(run_names([*logs.values()]), tables, strict=True))
     make_output(arguments.output.parent)
     try:

@@ -14,6 +14,7 @@ from utils.files import write_text
 from utils.metrics.meter import Metrics
 
 LOG_COLUMNS = ("Learning Rate", "Train Loss", "Valid Loss", "Train Acc.", "Valid Acc.")
+EPOCHS = "Epoch"  # No column of log.txt, whose rows are counted.
 # The same in metrics.jsonl.
 _KEYS = ("learning_rate", "train_loss", "valid_loss", "train_top1", "valid_top1")
 # What a byte that is no text becomes.
@@ -54,8 +55,11 @@ class RunLog:
             **_number_rows(rows, records),
             **{epoch: row for epoch, (_, row) in records.items()},
         }
+        # A run that goes back has its rows until it has trained an epoch anew.
+        goes_back = max(self.lines or self.rows, default=0) > epochs_done
         self._forget_after(epochs_done)
-        self._try("the log", lambda: self._write(folder))
+        if not goes_back:
+            self._try("the log", lambda: self._write(folder))
 
     def epoch(
         self, epoch: int, rate: float, train: Metrics, valid: Metrics, seconds: float
@@ -92,8 +96,8 @@ class RunLog:
             self._try("the events of TensorBoard", lambda: self._add_events(folder, record))
 
     def columns(self) -> dict[str, list[float]]:
-        """Return the columns of log.txt by name."""
-        return parse_log([self.header, *self.rows.values()])
+        """Return the columns of log.txt by name, and the epochs of its rows as ``EPOCHS``."""
+        return {**parse_log([self.header, *self.rows.values()]), EPOCHS: [*map(float, self.rows)]}
 
     def close(self) -> None:
         """Close the TensorBoard file; the others are never left open."""
@@ -190,7 +194,9 @@ def parse_log(lines: Sequence[str]) -> dict[str, list[float]]:
     Raises:
         ValueError: They are no such log.
     """
-    names, *rows = [line.strip().split("\t") for line in lines] or [[]]
+    if not lines:
+        raise ValueError("it is empty")
+    names, *rows = [line.strip().split("\t") for line in lines]
     if not set(LOG_COLUMNS) <= set(names):
         raise ValueError(f"its columns are {', '.join(names)}")
     cells = [dict(zip(names, row, strict=True)) for row in rows]

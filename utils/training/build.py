@@ -34,6 +34,9 @@ from utils.training.optim import build_optimizer
 from utils.training.plan import EpochPlan
 from utils.training.step import Step
 
+# The arguments of models that the names and shapes of tensors do not show.
+_NO_SHAPE = frozenset({"drop", "checkpoint_activations"})
+
 
 def network(architecture: ModelConfig, classes: int) -> nn.Module:
     """Return the raw network of the model flags, freshly initialised.
@@ -166,8 +169,10 @@ def model(
     if config.train.sync_bn:
         convert_sync_batchnorm(model, comm)
     if loaded:
-        arguments = config.model.arguments() | {"num_classes": classes}
-        wanted = describe_model(config.model.arch, arguments)
+        given = config.model.arguments()
+        shape = {k: v for k, v in model_arguments(config.model.arch).items() if k not in _NO_SHAPE}
+        arguments = shape | {k: v for k, v in given.items() if k in shape}
+        wanted = describe_model(config.model.arch, arguments | {"num_classes": classes})
         load_model(model, loaded.content, loaded.path, wanted, loaded.flag)
     return model, memory_format
 

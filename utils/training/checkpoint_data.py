@@ -15,7 +15,7 @@ import numpy as np
 from utils import log
 from utils.checkpoint.resume import LoadedCheckpoint
 from utils.config.args import DATASETS
-from utils.config.schema import Config
+from utils.config.schema import Config, DataConfig
 from utils.config.validation import check
 from utils.data.datasets import LEGACY_STATISTICS, Dataset
 from utils.errors import UserError, one_line
@@ -27,15 +27,21 @@ def resolve_data(config: Config, loaded: LoadedCheckpoint | None) -> Config:
     """Return the configuration with data set and statistics of a checkpoint, where no flag says.
 
     Raises:
-        UserError: A flag does not go with the checkpoint's data set.
+        UserError: A flag does not go with the checkpoint's data set, or -d names another.
     """
     if loaded is None:
         return config
     content, data = loaded.content, config.data
     name = content.get("dataset")
-    if name in DATASETS and "dataset" not in config.explicit and name != data.dataset:
-        log.note(f"{loaded.path}: was trained on {name}: taken as if -d {name} was given")
-        data = replace(data, dataset=name)
+    if name in DATASETS and name != data.dataset:
+        if "dataset" not in config.explicit:
+            log.note(f"{loaded.path}: was trained on {name}: taken as if -d {name} was given")
+            data = replace(data, dataset=name)
+        elif "folder" not in (name, data.dataset):  # A folder may hold the same classes.
+            raise UserError(
+                f"-d {data.dataset}: {loaded.path} was trained on {name}, which has other classes; "
+                "leave -d out, or name another file"
+            )
     if "stats" not in config.explicit:
         data = replace(data, stats=_recorded_stats(content))
     config = config.replace(data=data)
@@ -48,15 +54,26 @@ def _recorded_stats(content: Mapping[str, Any]) -> str:
 
     Files of older scripts do not say. All scripts of this family have the legacy statistics.
     """
+    if not says_statistics(content):
+        return "legacy"
     options = content.get("options")
     stats = options.get("stats") if isinstance(options, dict) else None
-    if stats in ("true", "legacy"):
-        return str(stats)
-    return "true" if "mean" in content or "format" in content else "legacy"
+    return str(stats) if stats in ("true", "legacy") else "true"
 
 
-def match_dataset(dataset: Dataset, loaded: LoadedCheckpoint | None, config: Config) -> Dataset:
-    """Return a data set whose statistics and numbers of classes are those of a checkpoint.
+def says_statistics(content: Mapping[str, Any]) -> bool:
+    """Return whether a checkpoint says how its images were normalised."""
+    return content.keys() >= {"mean", "std"}
+
+
+def match_dataset(
+    dataset: Dataset, loaded: LoadedCheckpoint | None, config: Config
+) -> tuple[Dataset, LoadedCheckpoint | None]:
+    """Let a data set and a checkpoint agree.
+
+    The data set gets the checkpoint's statistics and numbers of classes. The checkpoint loses its
+    accuracies where they were measured on other images than this run validates on: they could not
+    be compared.
 
     Args:
         dataset: The data set of the flags.
@@ -67,13 +84,33 @@ def match_dataset(dataset: Dataset, loaded: LoadedCheckpoint | None, config: Con
         UserError: --stats says otherwise than the checkpoint, or the classes are others.
     """
     if loaded is None:
-        return dataset
-    return _with_classes(_with_statistics(dataset, loaded, config), loaded, config)
+        return dataset, None
+    dataset = _with_classes(_with_statistics(dataset, loaded, config), loaded, config)
+    content, scores = loaded.content, {"acc", "best_acc", "best_epoch"}
+    if config.run.evaluate or _is_validated_alike(content, dataset, config.data):
+        return dataset, loaded
+    log.note(
+        f"{loaded.path}: its accuracies were measured on other images than this run validates on: "
+        "the best epoch counts from here on"
+    )
+    rest = {key: value for key, value in content.items() if key not in scores}
+    return dataset, replace(loaded, content=rest)
+
+
+def _is_validated_alike(content: Mapping[str, Any], dataset: Dataset, data: DataConfig) -> bool:
+    """Return whether a checkpoint was validated on the images of this run, as far as it says."""
+    images, options = content.get("images"), content.get("options")
+    if images is None or options is None:
+        return True
+    split = options.get("val_split")
+    # The held-out images are some of the training images.
+    part = slice(0, 2) if split else slice(2, 4)
+    return split == data.val_split and images[part] == dataset.checksums[part]
 
 
 def _with_statistics(dataset: Dataset, loaded: LoadedCheckpoint, config: Config) -> Dataset:
     content, own = loaded.content, (dataset.mean, dataset.std)
-    if not content.keys() >= {"mean", "std"}:
+    if not says_statistics(content):
         source = "by --stats" if "stats" in config.explicit else "assumed"
         if source == "assumed" and own == LEGACY_STATISTICS:
             log.note(
@@ -144,21 +181,6 @@ def describe_statistics(mean: Sequence[float], std: Sequence[float]) -> str:
     """Return statistics in words: ``mean 0.4914 0.4822 0.4465, std 0.2470 0.2435 0.2616``."""
     words = (" ".join(f"{value:.4f}" for value in values) for values in (mean, std))
     return "mean {}, std {}".format(*words)
-
-
-def describe_record(content: Mapping[str, Any], split: str) -> str:
-    """Return in words what the accuracies that a checkpoint holds are of, as far as it says.
-
-    Args:
-        content: What the file holds.
-        split: Which part of the data set it is: "test" or "validation".
-    """
-    words = [f"{split} set of {content.get('dataset', 'an unknown data set')}"]
-    if "classes" in content:
-        words.append(f"{len(content['classes'])} classes")
-    if content.keys() >= {"mean", "std"}:
-        words.append(describe_statistics(content["mean"], content["std"]))
-    return "; ".join(words)
 
 
 def describe_scoring(dataset: Dataset, images: int, split: str) -> str:

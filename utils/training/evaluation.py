@@ -10,6 +10,7 @@ from torch import nn
 
 from utils import log
 from utils.checkpoint.resume import LoadedCheckpoint
+from utils.config.schema import RunConfig
 from utils.data.datasets import Dataset
 from utils.data.image_set import ImageSet
 from utils.distributed.comm import Comm
@@ -99,7 +100,7 @@ def evaluate_checkpoint(
     images: ImageSet,
     loaded: LoadedCheckpoint | None,
     dataset: Dataset,
-    per_class: bool,
+    run: RunConfig,
 ) -> None:
     """Score the network of a checkpoint and print what has come out.
 
@@ -108,10 +109,10 @@ def evaluate_checkpoint(
         images: The test set.
         loaded: The checkpoint.
         dataset: The data set, with the statistics and classes of the checkpoint.
-        per_class: Whether to print each class, and to draw the confusion matrix beside the file.
+        run: Says whether to print each class, and to draw the confusion matrix beside the file.
     """
     comm = evaluator.comm
-    confusion = Confusion(len(dataset.classes), comm.device) if per_class else None
+    confusion = Confusion(len(dataset.classes), comm.device) if run.per_class else None
     result = evaluator(images, confusion)
     if not comm.is_main_process or loaded is None:  # --evaluate always comes with a checkpoint.
         return
@@ -126,6 +127,8 @@ def evaluate_checkpoint(
         f"Test Loss: {result.loss:.8f}, Test Acc: {result.top1:.2f} "
         f"({round(result.top1 * result.images / 100)} of {result.images}), top5 {result.top5:.2f}"
     )
+    if not math.isfinite(result.loss):
+        log.warning(f"{loaded.path}: the loss is not finite: damaged weights or statistics")
     picture = loaded.path.parent / "confusion.png"
     if confusion and confusion.draw(dataset.classes, picture):
         log.info(str(picture))

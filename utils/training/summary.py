@@ -21,6 +21,7 @@ from utils.config.schema import (
     DataConfig,
     HardwareConfig,
     ModelConfig,
+    RunConfig,
     TrainConfig,
 )
 from utils.config.validation import warnings
@@ -28,7 +29,7 @@ from utils.data.datasets import Dataset
 from utils.data.image_set import Splits
 from utils.distributed.comm import Comm
 from utils.errors import UserError, one_line
-from utils.training.checkpoint_data import describe_record, describe_scoring, log_read_as
+from utils.training.checkpoint_data import describe_scoring, log_read_as
 from utils.training.evaluation import Evaluator
 from utils.training.plan import EpochPlan
 
@@ -102,6 +103,8 @@ def log_origin(
         log.info("starting from scratch")
         return
     text = f"continuing {loaded.path} after epoch {state.epoch}"
+    if (trained := loaded.content.get("epoch", 0)) != state.epoch:
+        text = f"continuing {loaded.path}, trained for {trained} epochs, as if after {state.epoch}"
     if state.step:
         text += f", step {state.step}"
     if not loaded.content.get("optimizer"):
@@ -142,42 +145,42 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return in words which options have another value than before and make another training."""
     own, found = model_arguments(now["arch"]), []
     for name, old in before.items():
-        if name not in now or name in WITHOUT_EFFECT:
-            continue
-        # Unset, a flag of the model is the model's default, and --start-epoch is the checkpoint's.
+        if name not in now or name in WITHOUT_EFFECT or name == "start_epoch":
+            continue  # Where training starts is said by itself.
+        # Unset, a flag of the model is the model's default.
         values = [own.get(name) if value is None else value for value in (old, now[name])]
-        if values[0] != values[1] and (name, now[name]) != ("start_epoch", None):
-            found.append(f"--{name.replace('_', '-')} {old} -> {now[name]}")
+        if values[0] != values[1]:
+            words = ["not given" if value is None else str(value) for value in (old, now[name])]
+            found.append(f"--{name.replace('_', '-')} {' -> '.join(words)}")
     return found
 
 
-def log_finished(loaded: LoadedCheckpoint | None, config: Config) -> bool:
-    """Print that a run has nothing left to do, if so; return whether it has not.
-
-    The same command once more, as chains of jobs give it, is no mistake.
+def log_finished(
+    loaded: LoadedCheckpoint, config: Config, dataset: Dataset, splits: Splits
+) -> None:
+    """Print that a run has nothing left to train, with its accuracies.
 
     Args:
         loaded: The checkpoint that would be continued.
         config: The configuration.
+        dataset: The data set, with the statistics and classes of the checkpoint.
+        splits: The sets.
     """
-    run, train = config.run, config.train
-    if loaded is None or run.evaluate or run.estimate:
-        return False
-    content, asked = loaded.content, run.resume == "auto" and train.start_epoch is None
-    epoch = content.get("epoch", 0)
-    if not (asked or loaded.own) or epoch < train.epochs:
-        return False
-    options = content.get("options")
-    before = options if isinstance(options, dict) else {}
-    log.info(
-        f"finished: {loaded.path} has been trained for {epoch} epochs; Last acc: "
-        f"{content.get('acc', 0):.2f}, Best acc: {content.get('best_acc', 0):.2f} "
-        f"({_epoch_of(content.get('best_epoch', 0))}), on the "
-        f"{describe_record(content, 'validation' if before.get('val_split') else 'test')}"
+    content = loaded.content
+    split = "test" if splits.validation is splits.test else "validation"
+    last, best = (
+        f"{content[key]:.2f}" if key in content else "not known" for key in ("acc", "best_acc")
     )
-    if changed := _changed(before, config.options()):
+    where = f"on the {describe_scoring(dataset, len(splits.validation), split)}"
+    if "images" not in content:
+        where = "as the file says, on images that it does not name"
+    log.info(
+        f"finished: {loaded.path} has been trained for {content['epoch']} epochs; "
+        f"Last acc: {last}, Best acc: {best} ({_epoch_of(content.get('best_epoch', 0))}), {where}"
+    )
+    before = content.get("options")
+    if isinstance(before, dict) and (changed := _changed(before, config.options())):
         log.note(one_line(f"other flags than its own have no effect: {', '.join(changed)}"))
-    return True
 
 
 def _epoch_of(number: int) -> str:
@@ -185,7 +188,12 @@ def _epoch_of(number: int) -> str:
 
 
 def log_end(
-    state: TrainState, evaluator: Evaluator, splits: Splits, dataset: Dataset, folder: Path
+    state: TrainState,
+    evaluator: Evaluator,
+    splits: Splits,
+    dataset: Dataset,
+    folder: Path,
+    run: RunConfig,
 ) -> None:
     """Print last and best accuracy, each by its name; every rank must call this.
 
@@ -198,15 +206,20 @@ def log_end(
         splits: The sets.
         dataset: The data set that they are of.
         folder: The run folder.
+        run: Says whether files may be trusted, which the best one may need.
     """
-    path, comm = folder / BEST, evaluator.comm
+    path, comm, trust = folder / BEST, evaluator.comm, run.trust_checkpoint
     last, best, chosen = state.acc, f"{state.best_acc:.2f}", "chosen on the test set"
-    content = _read_best(path, state) if comm.is_main_process else b""
+    if not state.best_epoch:
+        chosen = "as an older script says, on images that it does not name"
+    content = _read_best(path, state, trust) if comm.is_main_process else b""
     if splits.validation is not splits.test:
         last, best = evaluator(splits.test).top1, "not known"
         chosen = f"test set; chosen by validation accuracy {state.best_acc:.2f}"
+        if not state.best_epoch:
+            chosen += ", as an older script says"
         if weights := comm.broadcast_bytes(lambda: content):
-            checkpoint = parse(weights, path, "", trust=False)
+            checkpoint = parse(weights, path, "", trust)
             load_model(evaluator.model, checkpoint, path, "the network of this run")
             best = f"{evaluator(splits.test).top1:.2f}"
     if not content:
@@ -217,10 +230,10 @@ def log_end(
     log.info(f"of {files}, on the {describe_scoring(dataset, len(splits.test), 'test')}")
 
 
-def _read_best(path: Path, state: TrainState) -> bytes:
+def _read_best(path: Path, state: TrainState, trust: bool) -> bytes:
     """Return the file with the weights of the best epoch; nothing where they are not in it."""
     try:
         content = read(path)
-        return content if is_best(parse(content, path, "", trust=False), state) else b""
+        return content if is_best(parse(content, path, "", trust), state) else b""
     except UserError:
         return b""

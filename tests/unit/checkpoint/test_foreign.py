@@ -10,7 +10,9 @@ from torch import nn
 
 from models import create_model
 from utils.checkpoint import format as checkpoint
-from utils.checkpoint.restore import load_model, load_optimizer
+from utils.checkpoint.fields import check_fields
+from utils.checkpoint.restore import load_buffers, load_model, load_optimizer
+from utils.distributed.comm import Comm
 from utils.errors import UserError
 from utils.training.optim import build_optimizer
 
@@ -76,7 +78,10 @@ def test_the_name_of_a_model_is_no_weights(read, network):
         read({"net": "resnet8", "epoch": 1})
 
 
-@pytest.mark.parametrize("key", ["best_prec1", "best_acc1", "best_top1", "best_accuracy"])
+@pytest.mark.parametrize(
+    "key",
+    ["best_prec1", "best_acc1", "best_top1", "best_accuracy", "best_val_acc", "best_prec"],
+)
 @pytest.mark.parametrize("value", [93.5, torch.tensor(93.5), torch.tensor([93.5])])
 def test_the_best_accuracy_under_another_key(read, network, key, value):
     state = read({"epoch": 4, "state_dict": network.state_dict(), key: value})
@@ -85,12 +90,37 @@ def test_the_best_accuracy_under_another_key(read, network, key, value):
 
 
 def test_a_fraction_is_an_accuracy_in_per_cent(read, network):
-    state = read({"epoch": 4, "state_dict": network.state_dict(), "acc": 0.9, "best_acc": 0.935})
+    state = read({"epoch": 4, "net": network.state_dict(), "acc": 0.9, "best_acc": 0.935})
     assert (state["acc"], state["best_acc"]) == (90.0, pytest.approx(93.5))
     assert "best_acc 0.935 as 93.50 %" in state["read_as"]
-    # What our own files say is never a fraction.
-    ours = {"format": 1, "epoch": 4, "state_dict": network.state_dict(), "best_acc": 0.5}
-    assert read(ours)["best_acc"] == 0.5
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"format": 1, "best_acc": 0.5}, {"acc": 0.97, "best_acc": 0.97}, {"acc": 0.9, "best_acc": 63}],
+    ids=["ours", "bearpaw, whose first epoch of CIFAR-100 is at chance", "per cent beside it"],
+)
+def test_a_small_accuracy_is_no_fraction_where_the_unit_is_known(read, network, content):
+    state = read({"epoch": 1, "state_dict": network.state_dict(), **content})
+    assert state["best_acc"] == content["best_acc"]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"step": 12000}, {"step": 1}, {"shape": (3, 32, 32)}, {"classes": 10}, {"val_acc": [1.0, 2.0]},
+     {"best_epoch": -1}, {"optimizer": "sgd"}, {"network": {"depth": 8}}, {"format": "pt"},
+     {"mean": [125.3, 123.0, 113.9]}, {"std": 1.0}, {"read_as": 5}, {"options": "lr 0.1"}],
+    ids=str,
+)  # fmt: skip
+def test_what_another_script_means_otherwise_is_left_out(read, network, other):
+    state = read({"state_dict": network.state_dict(), "epoch": 3, "best_acc": 90.0, **other})
+    assert state["epoch"] == 3
+    assert state.keys() == {"state_dict", "epoch", "best_acc", "read_as"}
+
+
+def test_the_weights_are_where_there_are_some(read, network):
+    for empty in ({}, {"x": 1}):
+        check_weights(read({"state_dict": empty, "net": network.state_dict()}), network, depth=8)
 
 
 def test_a_bare_state_dict(read, network):
@@ -162,6 +192,8 @@ def test_shortcuts_without_parameters_are_told(read, network, tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0d71\n", "git-lfs pointer"),
         (b"<!DOCTYPE html><html><head><title>Virus scan warning", "web page"),
         (b"\n<html>", "web page"),
+        (b"\xef\xbb\xbf<!doctype html>", "web page"),
+        (b"model.pth".ljust(257, b"\0") + b"ustar\0".ljust(255, b"\0"), "torch before 0.2"),
         (b"", "not a readable checkpoint"),
         (b"some text", "not a readable checkpoint"),
     ],
@@ -199,7 +231,7 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim"])
+@pytest.mark.parametrize("key", ["optimizer", "optimizer_state_dict", "optim", "optimizer_state"])
 def test_an_optimizer_keyed_by_addresses(read, network, key):
     """As torch before 1.6 has saved it, in its old format."""
     state = trained(sgd, network).state_dict()
@@ -258,7 +290,9 @@ NAN = float("nan")
      {"step_sums": [[NAN] * 4]}, {"step_sums": [[1.0] * 5]}, {"step_seconds": -1.0},
      {"classes": "cat"}, {"classes": []}, {"classes": ["\x1b[31m"]}, {"mean": [0.5]},
      {"std": [1.0, 1.0, 0.0]}, {"dataset": "\x1b[2J"}, {"workers": "\x1b[2Jmany"}, {"shape": [1]},
-     {"buffers": torch.tensor(1.0)}, {"versions": 3}, {"optimizer": torch.tensor([1.0, 2.0])}],
+     {"buffers": torch.tensor(1.0)}, {"versions": 3}, {"optimizer": torch.tensor([1.0, 2.0])},
+     {"options": {"lr": torch.zeros(3)}}, {"options": 3}, {"images": [1, 2, 3]},
+     {"shape": {"seed": torch.zeros(3)}}, {"mean": [1e300, 0.0, 0.0]}, {"std": [1e-300, 1.0, 1.0]}],
     ids=str,
 )  # fmt: skip
 def test_a_value_that_no_run_writes_is_refused_in_one_printable_line(read, network, field):
@@ -266,3 +300,25 @@ def test_a_value_that_no_run_writes_is_refused_in_one_printable_line(read, netwo
     with pytest.raises(UserError, match=f"its '{name}' is .*, which is no ") as caught:
         read({"format": 1, "state_dict": network.state_dict(), **field})
     assert str(caught.value).isprintable()
+
+
+def test_a_value_that_is_nested_without_end_is_refused(tmp_path, network):
+    """torch.save cannot write one, and nothing says that only torch.save writes files."""
+    deep = []
+    for _ in range(50_000):
+        deep = [deep]
+    for name in ("epoch", "classes", "options", "shape"):
+        with pytest.raises(ValueError, match=f"its '{name}' is a list, which is no "):
+            check_fields({name: deep})
+
+
+def test_weights_of_whole_numbers_are_refused(read, network, tmp_path):
+    weights = {name: value.to(torch.int8) for name, value in network.state_dict().items()}
+    with pytest.raises(UserError, match=r"torch.int8, as of a quantised network"):
+        load_model(create_model("resnet", depth=8), read({"state_dict": weights}), tmp_path, "x")
+
+
+def test_statistics_of_another_width_are_refused(read, network):
+    state = read({"format": 1, "state_dict": network.state_dict(), "buffers": torch.zeros(1, 3)})
+    with pytest.raises(UserError, match="statistics belong to another network"):
+        load_buffers(network, state, "file", Comm())

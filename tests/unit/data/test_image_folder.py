@@ -164,8 +164,10 @@ def test_what_is_left_out_is_counted_and_named(images, capsys):
         assert capsys.readouterr().out.splitlines() == [
             f"warning: --data {images}: images left out, as they lie in no folder of a class: 3 "
             "(test/x.JPG, train/x.png, train/y.heic)",
-            f"note: --data {images}: left out, as hidden or no image: 6 (labels\\n.csv, "
-            "test/dog/without suffix, train/Thumbs.db, ...)",
+            f"note: --data {images}: left out, as hidden or no image: 5 (test/dog/without suffix, "
+            "train/Thumbs.db, train/cat/sub/.DS_Store, ...)",
+            f"note: --data {images}: left out, as they are in neither train/ nor test/: 1 "
+            "(labels\\n.csv)",
             f"note: --data {images}: classes without test images: 2 (ant, bee)",
             *expected,
         ]
@@ -395,6 +397,8 @@ def test_what_is_wrong_with_a_folder_is_said(images, tmp_path):
     assert "test/bird" in complaint(images)
     (images / "train" / "bird").mkdir()
     assert "no images in train/bird" in complaint(images)
+    save(images / "train" / "bird" / "0.png", Image.new("RGB", (32, 32)))
+    load_folder(images)  # A class may have no test images, whether its folder is there or not.
     (images / "train" / "bird").rename(images / "train" / "bi\nrd")
     assert r"class train/bi\nrd cannot be printed; rename it" in complaint(images)
     (images / "train").rename(images / "training")

@@ -48,8 +48,10 @@ class TestRunLog:
 
         with monkeypatch.context() as patch:
             patch.setattr("utils.metrics.run_log.write_text", full)
-            log = RunLog(tmp_path, 1)
-        assert "cannot be written (No space left on device)" in capsys.readouterr().out
+            log = RunLog(tmp_path, 2)
+            assert "cannot be written (No space left on device)" in capsys.readouterr().out
+            log = RunLog(tmp_path, 1)  # It has its rows until an epoch is trained anew.
+            assert capsys.readouterr().out == ""
         assert (tmp_path / "log.txt").read_text() == before
         row = Metrics(1.0, 77.0, 90.0, 1000)
         log.epoch(2, 0.1, row, row, seconds=2.0)

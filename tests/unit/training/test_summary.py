@@ -26,7 +26,8 @@ def about(*flags, workers=2, images=IMAGES):
         (about(), about("--lr", "0.2", "--data", "moved"), ["checkpoint: --lr 0.1 -> 0.2"]),
         (about("-a", "resnet"), about("-a", "resnet", "--depth", "20"), []),  # Its default.
         (about("--start-epoch", "0"), about(), []),
-        (about(), about("--start-epoch", "3"), ["--start-epoch None -> 3"]),
+        (about(), about("--start-epoch", "3"), []),  # Another line says where it starts.
+        (about(), about("--val-split", "100"), ["--val-split not given -> 100"]),
         ({"options": 3, "images": 3}, about(), []),
         ({}, about(), []),  # a file of another script
     ],
