@@ -1,4 +1,8 @@
-"""The exceptions that have a meaning for the user, and the exit codes that they stand for."""
+"""The exceptions that have a meaning for the user, their exit codes, and how text is printed.
+
+A text may hold what a terminal, a log or a stranger must not get: ``one_line``,
+``escape_unprintable`` and ``without_secrets`` see to that.
+"""
 
 import contextlib
 import io

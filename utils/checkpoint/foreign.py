@@ -107,7 +107,7 @@ def in_our_words(state: Mapping[str, Any], key: str) -> dict[str, Any]:
     # Some scripts keep fractions; bearpaw's, which has both keys, keeps per cent.
     known_unit = key == "state_dict" and {"acc", "best_acc"} <= accuracies.keys()
     fractions = not known_unit and all(0 < value < 1 for value in accuracies.values())
-    known = accuracies | {k: state[k] for k in OPTIMIZER if isinstance(state.get(k), dict)}
+    known = accuracies | {name: state[name] for name in OPTIMIZER if _is_optimizer(state.get(name))}
     for own, names in (("optimizer", OPTIMIZER), ("acc", ACC), ("best_acc", BEST_ACC)):
         name = next((name for name in names if name in known), None)
         if name is None:
@@ -131,6 +131,11 @@ def _number_of(value: Any) -> float | None:
         return number(value)
     except Exception:  # A foreign object can raise anything when it is read.
         return None
+
+
+def _is_optimizer(value: Any) -> bool:
+    """Return whether a value is the state of an optimizer, and not its name or its settings."""
+    return isinstance(value, dict) and value.keys() >= {"state", "param_groups"}
 
 
 def _is_sensible(name: str, value: Any) -> bool:

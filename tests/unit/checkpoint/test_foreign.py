@@ -108,7 +108,8 @@ def test_a_small_accuracy_is_no_fraction_where_the_unit_is_known(read, network, 
 @pytest.mark.parametrize(
     "other",
     [{"step": 12000}, {"step": 1}, {"shape": (3, 32, 32)}, {"classes": 10}, {"val_acc": [1.0, 2.0]},
-     {"best_epoch": -1}, {"optimizer": "sgd"}, {"network": {"depth": 8}}, {"format": "pt"},
+     {"best_epoch": -1}, {"optimizer": "sgd"}, {"optimizer": {"name": "sgd"}}, {"format": "pt"},
+     {"network": {"depth": 8}},
      {"mean": [125.3, 123.0, 113.9]}, {"std": 1.0}, {"read_as": 5}, {"options": "lr 0.1"}],
     ids=str,
 )  # fmt: skip
@@ -266,7 +267,7 @@ def test_another_optimizer_is_said_and_momentum_is_zero(read, network, capsys, m
 
 @pytest.mark.parametrize(
     "optimizer",
-    [{"state": {}}, {"state": {0: 3}, "param_groups": [{"params": [0]}]},
+    [{"state": {0: 3}, "param_groups": [{"params": [0]}]},
      {"state": {5: {}}, "param_groups": [{"params": [0]}]},
      {"state": {}, "param_groups": [{"params": [0, 0]}]},
      {"state": {0: {"momentum_buffer": "x"}}, "param_groups": [{"params": [0]}]}],
