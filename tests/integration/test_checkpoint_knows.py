@@ -146,6 +146,7 @@ def test_classes_are_told_by_their_names(folder, run_script, evaluate, tmp_path)
     result = evaluate(turned, *data, "--per-class")
     assert "Test Acc: 100.00 (12 of 12)" in result.stdout, result.stdout + result.stderr
     assert "classes in another order" in result.stdout
+    assert f"test set of folder {folder}, 12 images; 3 classes (of the file)" in result.stdout
     assert re.findall(r"^(\w+)  100.00 %", result.stdout, re.M) == [CLASSES[i] for i in order]
     # It goes on from there, too: the first epoch keeps what it has learnt.
     more = run_script([*RESNET, *data, "--epochs", "7", "--resume", turned, "-c", tmp_path / "b"])

@@ -45,6 +45,7 @@ class Dataset:
         std: The standard deviation per channel to normalise with, of pixels scaled to 0..1.
         statistics_from: Whose mean and std these are, in words.
         classes_from: Whose names and numbers of classes these are, in words.
+        folder: Where the images of a folder data set are; "" for others.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Dataset:
     std: tuple[float, float, float]
     statistics_from: str = "of the data set"
     classes_from: str = "of the data set"
+    folder: str = ""
 
     @cached_property
     def checksums(self) -> list[int]:
@@ -136,7 +138,10 @@ def load_dataset(
     if stats == "legacy":
         statistics, source = LEGACY_STATISTICS, "by --stats legacy"
     mean, std = statistics
-    return Dataset(name, mean=mean, std=std, statistics_from=source, **data._asdict())
+    folder = str(root) if name == "folder" else ""
+    return Dataset(
+        name, mean=mean, std=std, statistics_from=source, folder=folder, **data._asdict()
+    )
 
 
 def _generate_synthetic(classes: int, train_size: int | None, test_size: int | None) -> Arrays:

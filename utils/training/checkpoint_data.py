@@ -191,8 +191,9 @@ def describe_scoring(dataset: Dataset, images: int, split: str) -> str:
         images: How many images have been scored.
         split: Which part of it they are: "test" or "validation".
     """
+    name = f"{dataset.name} {dataset.folder}".rstrip()
     return (
-        f"{split} set of {dataset.name}, {images:,} images; {len(dataset.classes)} classes "
+        f"{split} set of {name}, {images:,} images; {len(dataset.classes)} classes "
         f"({dataset.classes_from}); {describe_statistics(dataset.mean, dataset.std)} "
         f"({dataset.statistics_from})"
     )
