@@ -44,8 +44,9 @@ def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
     lines.append(f"trained    {epoch} epochs{step}")
     options = state.get("options", {})
     split = ("validation " if options.get("val_split") else "test ") if options else ""
+    measured = "format" not in state or state.get("best_epoch")  # Else no epoch is complete.
     for key, title in (("acc", "last"), ("best_acc", "best")):
-        if key in state:
+        if key in state and measured:
             lines.append(f"{title:<10} {state[key]:.2f} % {split}accuracy")
     if state.get("best_epoch"):
         lines[-1] += f" after epoch {state['best_epoch']}"

@@ -278,6 +278,19 @@ def test_an_accuracy_on_other_images_is_not_compared(trained, change):
     assert "Last acc: not known, Best acc: not known" in finished.stdout
 
 
+def test_a_damaged_newest_checkpoint_does_not_hide_that_a_run_goes_back(trained):
+    """Also where its log begins late: epochs count, not rows."""
+    folder, start = trained
+    (folder / checkpoint.LATEST).unlink()  # It may be one file with the best.
+    (folder / checkpoint.LATEST).write_bytes(b"half")
+    for name in ("log.txt", "metrics.jsonl"):
+        lines = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[:-3] + lines[-2:]))
+    before = contents(folder)
+    assert start("--resume", folder / checkpoint.BEST).returncode == 0
+    assert contents(folder / "replaced-1") == before
+
+
 def test_a_best_model_with_its_log_alone_is_a_run_that_goes_back(trained):
     """As people share them: the newest checkpoint is not there, and the log knows more epochs."""
     folder, start = trained

@@ -359,3 +359,11 @@ def test_more_workers_than_images(tmp_path):
         "--backward-passes-per-step 1; give more images\n"
     )
     assert not (tmp_path / "run").exists()
+
+
+def test_the_debug_level_that_people_are_told_to_set(tmp_path):
+    """torch's logger crashes or not, depending on what lies in memory."""
+    command = [LAUNCHER, "-m", "alexnet", "-n", "2", "-d", "synthetic10", "--max-restarts", "0"]
+    env = environment(TORCH_DISTRIBUTED_DEBUG="DETAIL")
+    result = run([*command, "--", *QUICK, "-c", tmp_path / "run"], env=env)
+    assert result.returncode == 0, result.stderr[-2000:]

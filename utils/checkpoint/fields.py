@@ -54,7 +54,7 @@ def number(value: Any) -> float:
     Raises:
         Exception: It is none.
     """
-    if isinstance(value, str | bytes):
+    if isinstance(value, str | bytes | bool):
         raise TypeError
     found = float(value)
     if not math.isfinite(found):

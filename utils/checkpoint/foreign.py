@@ -21,7 +21,7 @@ BEST_ACC = (
     "best_prec",
 )  # fmt: skip
 
-_ABOUT_IMAGES = ("classes", "mean", "std")
+_ABOUT_IMAGES = ("dataset", "classes", "mean", "std")
 
 # What DataParallel, DistributedDataParallel and torch.compile put into names, wherever the wrapped
 # module is: features.module.0.weight is features.0.weight of a network that is partly parallel.
@@ -100,13 +100,15 @@ def in_our_words(state: Mapping[str, Any], key: str) -> dict[str, Any]:
         A new dict. ``read_as`` in it says in words what was taken for what.
     """
     said = [f"weights from {key!r}"] if key not in ("", "state_dict") else []
-    found = {name: state[name] for name in ("epoch", "dataset") if name in state}
+    found = {"epoch": state["epoch"]} if "epoch" in state else {}
     found |= {name: state[name] for name in _ABOUT_IMAGES if _is_sensible(name, state.get(name))}
     values = ((name, _number_of(state.get(name))) for name in (*ACC, *BEST_ACC))
     accuracies = {name: value for name, value in values if value is not None}
     # Some scripts keep fractions; bearpaw's, which has both keys, keeps per cent.
     known_unit = key == "state_dict" and {"acc", "best_acc"} <= accuracies.keys()
-    fractions = not known_unit and all(0 < value < 1 for value in accuracies.values())
+    measured = [value for value in accuracies.values() if value]
+    fractions = not known_unit and bool(measured) and all(0 < v <= 1 for v in measured)
+    fractions = fractions and any(value < 1 for value in measured)
     known = accuracies | {name: state[name] for name in OPTIMIZER if _is_optimizer(state.get(name))}
     for own, names in (("optimizer", OPTIMIZER), ("acc", ACC), ("best_acc", BEST_ACC)):
         name = next((name for name in names if name in known), None)
@@ -139,9 +141,9 @@ def _is_optimizer(value: Any) -> bool:
 
 
 def _is_sensible(name: str, value: Any) -> bool:
-    """Return whether classes or statistics of another script are such as ours."""
+    """Return whether a data set, classes or statistics of another script are such as ours."""
     try:
         check_fields({name: value})
     except ValueError:
         return False
-    return value is not None and (name == "classes" or max(value) <= 1)
+    return value is not None and (name in ("dataset", "classes") or max(value) <= 1)

@@ -101,16 +101,16 @@ def parse(content: bytes, path: Path, flag: str, trust: bool | None) -> dict[str
     if not key:
         state = {}
     written = state.get("format", 0)
-    if not isinstance(written, int):
+    if type(written) is not int or written < 1:
         written = 0  # Another script means something else by it.
     if written > FORMAT:
         raise UserError(
             f"{flag} {path}: written in format {written}, this version reads up to "
             f"{FORMAT}; use a newer version"
         )
-    if (written >= 2 or "digest" in state) and not _has_its_digest(state):
+    if written and (written >= 2 or "digest" in state) and not _has_its_digest(state):
         raise UserError(f"{flag} {path}: damaged (its digest does not fit); name another file")
-    ours = written or "weights_alone" in state
+    ours = written or is_safetensors(content)
     said = {**state, "read_as": []} if ours else in_our_words(state, key)
     try:
         said = check_fields(said)

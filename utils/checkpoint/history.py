@@ -14,6 +14,7 @@ from utils.checkpoint.resume import LoadedCheckpoint
 from utils.checkpoint.train_state import TrainState
 from utils.errors import UserError
 from utils.files import replace_by_link
+from utils.metrics.run_log import logged_epochs
 
 
 def keep_newer(
@@ -37,8 +38,11 @@ def keep_newer(
     newest = folder / LATEST
     content = _content(newest, loaded, trust)
     epoch, step = content.get("epoch", 0), content.get("step", 0)
-    if not newest.exists() and loaded.path.name != PREVIOUS:
-        epoch = _rows(folder / "log.txt")  # A best model that came with its log, perhaps.
+    if not content and loaded.path.name != PREVIOUS:
+        # It is damaged, or this is a best model that came with its log: what else is there tells.
+        before = _content(folder / PREVIOUS, loaded, trust)
+        logged = max(logged_epochs(folder / "log.txt"), default=0)
+        epoch, step = max((before.get("epoch", 0), before.get("step", 0)), (logged, 0))
     goes_back = (epoch, step) > (state.epoch, state.step)
     if goes_back:
         place = _keep(folder, names)
@@ -75,9 +79,16 @@ def settle_best(
     """
     best = folder / BEST
     # A run that went back and has saved nothing since finds its own in what it has kept.
-    kept_before = sorted(folder.glob(f"replaced-*/{BEST}"))
-    places = (best, loaded.path, loaded.path.parent / BEST, *kept_before)
-    found = next((p for p in places if is_best(_content(p, loaded, trust), state)), None)
+    kept_before = [*folder.glob(f"replaced-*/{BEST}")]
+    for path in (best, loaded.path, loaded.path.parent / BEST, *kept_before):
+        content = _content(path, loaded, trust)
+        # A run of other flags may have been replaced here, too.
+        same_run = path not in kept_before or content.get("shape") == loaded.content.get("shape")
+        if same_run and is_best(content, state):
+            found = path
+            break
+    else:
+        found = None
     if found == best or (found is None and state.best_acc > 0 and not state.best_epoch):
         return  # An older script has named no epoch; only a better one replaces the file.
     if best.exists():
@@ -107,14 +118,6 @@ def _content(path: Path, loaded: LoadedCheckpoint, trust: bool) -> dict[str, Any
         return loaded.content if same else load(path, trust=trust)
     except UserError:
         return {}
-
-
-def _rows(path: Path) -> int:
-    """Return how many epochs a log.txt tells of; 0 where there is none."""
-    try:
-        return max(0, len(path.read_bytes().splitlines()) - 1)
-    except OSError:
-        return 0
 
 
 def _keep(folder: Path, names: Sequence[str]) -> Path:

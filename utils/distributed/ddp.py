@@ -59,6 +59,7 @@ class DDPComm(Comm):
         dist.init_process_group(backend, timeout=limit, device_id=own)
         self._control_group: Any = dist.new_group(backend="gloo", timeout=limit)
         self._unlimited_group: Any = dist.new_group(backend="gloo", timeout=UNLIMITED)
+        self._gradient_group = _bare_gloo_group(limit) if backend == "gloo" else None
 
     @classmethod
     def join(cls, timeout: float) -> Comm:
@@ -84,6 +85,7 @@ class DDPComm(Comm):
             model,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             gradient_as_bucket_view=True,
+            process_group=self._gradient_group,
             **NO_BUFFER_BROADCAST,
         )
         if sync.compression == "fp16":
@@ -187,3 +189,18 @@ def read_launch_env() -> tuple[int, int, int, int]:
             f"size less one; {fix}"
         )
     return rank, world_size, local_rank, local_world_size
+
+
+def _bare_gloo_group(limit: timedelta) -> Any:
+    """Return a group for gradients where that of everything else is wrapped; else None.
+
+    With TORCH_DISTRIBUTED_DEBUG=DETAIL torch wraps each group to compare the collectives of all
+    workers. The logger of DDP takes a wrapped Gloo group for a bare one, reads beyond its end, and
+    may crash the process (torch 2.15).
+    """
+    if dist.get_debug_level() != dist.DebugLevel.DETAIL:
+        return None
+    dist.set_debug_level(dist.DebugLevel.INFO)
+    group = dist.new_group(backend="gloo", timeout=limit)
+    dist.set_debug_level_from_env()
+    return group

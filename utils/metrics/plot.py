@@ -4,7 +4,6 @@
 """
 
 import argparse
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ from utils import log
 from utils.errors import UserError, command, one_line, reason_of
 from utils.files import make_output
 from utils.metrics.picture import draw_picture
-from utils.metrics.run_log import EPOCHS, parse_log
+from utils.metrics.run_log import EPOCHS, logged_epochs, parse_log
 
 PANELS = (("loss", "Train Loss", "Valid Loss"), ("accuracy, %", "Train Acc.", "Valid Acc."))
 
@@ -62,20 +61,14 @@ def draw(runs: Mapping[str, dict[str, list[float]]], picture: Path) -> None:
 
 
 def read_run(path: Path) -> dict[str, list[float]]:
-    """Return the columns of a log.txt, with its epochs where metrics.jsonl beside it has them.
+    """Return the columns of a log.txt, and the epochs of its rows as ``EPOCHS``.
 
     Raises:
         UserError: As ``read_log``.
     """
-    table = read_log(path)
-    try:
-        lines = (path.parent / "metrics.jsonl").read_text().splitlines()
-        epochs = [float(json.loads(line)["epoch"]) for line in lines]
-    except (OSError, ValueError, KeyError, TypeError):
-        return table
-    rows = len(table[PANELS[0][1]])
-    # The rows of an older script stand before ours, and nothing else tells of their epochs.
-    return {**table, EPOCHS: epochs} if len(epochs) == rows else table
+    table, epochs = read_log(path), [*map(float, logged_epochs(path))]
+    # A log of other columns, too, has the ones that are drawn; its rows are counted.
+    return {**table, EPOCHS: epochs} if len(epochs) == len(table[PANELS[0][1]]) else table
 
 
 def run_names(logs: Sequence[Path]) -> list[str]:

@@ -44,10 +44,10 @@ class RunLog:
         self.folder = folder
         self.tensorboard = tensorboard
         self.writer: Any = None
-        if folder is None:
-            return
         # What the first write renames: the word for its new name, and what is wrong with it.
         self.unfit: dict[Path, tuple[str, str]] = {}
+        if folder is None:
+            return
         records = self._read_records(folder / "metrics.jsonl")
         self.header, rows = self._read_table(folder / "log.txt")
         self.lines = {epoch: line for epoch, (line, _) in records.items()}
@@ -186,6 +186,17 @@ class RunLog:
             except Exception:  # Any JSON may stand there.
                 self.unfit.setdefault(path, ("damaged", f"line {number} is damaged"))
         return records
+
+
+def logged_epochs(path: Path) -> list[int]:
+    """Return the epochs of the rows of a log.txt, which metrics.jsonl beside it tells.
+
+    Without rows they are those of metrics.jsonl.
+    """
+    log_file = RunLog(None, 0)  # It reads, and writes nothing.
+    records = log_file._read_records(path.with_name("metrics.jsonl"))
+    _, rows = log_file._read_table(path)
+    return [*_number_rows(rows, records)] or sorted(records)
 
 
 def parse_log(lines: Sequence[str]) -> dict[str, list[float]]:

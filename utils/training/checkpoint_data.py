@@ -90,8 +90,8 @@ def match_dataset(
     if config.run.evaluate or _is_validated_alike(content, dataset, config.data):
         return dataset, loaded
     log.note(
-        f"{loaded.path}: its accuracies were measured on other images than this run validates on: "
-        "the best epoch counts from here on"
+        f"{loaded.path}: its accuracies were measured on other images than this run validates on, "
+        "or on the same in another order: the best epoch counts from here on"
     )
     rest = {key: value for key, value in content.items() if key not in scores}
     return dataset, replace(loaded, content=rest)

@@ -134,7 +134,7 @@ def _changes(before: Mapping[str, Any], about: Mapping[str, Any]) -> list[str]:
             "batches are drawn"
         )
     if images[2:] != about["images"][2:]:
-        found.append("the test images are others than so far")
+        found.append("the test images are others than so far, or the same in another order")
     options_before = before.get("options")
     if isinstance(options_before, dict) and (changed := _changed(options_before, options)):
         found.append(f"changed since the checkpoint: {', '.join(changed)}")

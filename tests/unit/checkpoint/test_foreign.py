@@ -93,12 +93,24 @@ def test_a_fraction_is_an_accuracy_in_per_cent(read, network):
     state = read({"epoch": 4, "net": network.state_dict(), "acc": 0.9, "best_acc": 0.935})
     assert (state["acc"], state["best_acc"]) == (90.0, pytest.approx(93.5))
     assert "best_acc 0.935 as 93.50 %" in state["read_as"]
+    state = read({"net": network.state_dict(), "acc": 0.97, "best_acc": 1.0})
+    assert (state["acc"], state["best_acc"]) == (97.0, 100.0)
 
 
 @pytest.mark.parametrize(
     "content",
-    [{"format": 1, "best_acc": 0.5}, {"acc": 0.97, "best_acc": 0.97}, {"acc": 0.9, "best_acc": 63}],
-    ids=["ours", "bearpaw, whose first epoch of CIFAR-100 is at chance", "per cent beside it"],
+    [
+        {"format": 1, "best_acc": 0.5},
+        {"acc": 0.97, "best_acc": 0.97},
+        {"acc": 0.9, "best_acc": 63},
+        {"best_acc": 1.0},
+    ],
+    ids=[
+        "ours",
+        "bearpaw, whose first epoch of CIFAR-100 is at chance",
+        "per cent beside it",
+        "chance",
+    ],
 )
 def test_a_small_accuracy_is_no_fraction_where_the_unit_is_known(read, network, content):
     state = read({"epoch": 1, "state_dict": network.state_dict(), **content})
@@ -109,7 +121,9 @@ def test_a_small_accuracy_is_no_fraction_where_the_unit_is_known(read, network, 
     "other",
     [{"step": 12000}, {"step": 1}, {"shape": (3, 32, 32)}, {"classes": 10}, {"val_acc": [1.0, 2.0]},
      {"best_epoch": -1}, {"optimizer": "sgd"}, {"optimizer": {"name": "sgd"}}, {"format": "pt"},
-     {"network": {"depth": 8}},
+     {"network": {"depth": 8}}, {"dataset": {"name": "cifar10"}}, {"format": True},
+     {"format": -3, "step": 5}, {"weights_alone": False, "step": 5}, {"digest": "abc"},
+     {"acc": True},
      {"mean": [125.3, 123.0, 113.9]}, {"std": 1.0}, {"read_as": 5}, {"options": "lr 0.1"}],
     ids=str,
 )  # fmt: skip
