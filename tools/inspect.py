@@ -44,7 +44,8 @@ def describe(path: Path, state: Mapping[str, Any]) -> list[str]:
     lines.append(f"trained    {epoch} epochs{step}")
     options = state.get("options", {})
     split = ("validation " if options.get("val_split") else "test ") if options else ""
-    measured = "format" not in state or state.get("best_epoch")  # Else no epoch is complete.
+    # A save inside the first epoch holds zeros that nobody has measured.
+    measured = state.get("best_epoch", 1) or state.get("best_acc")
     for key, title in (("acc", "last"), ("best_acc", "best")):
         if key in state and measured:
             lines.append(f"{title:<10} {state[key]:.2f} % {split}accuracy")
