@@ -75,8 +75,8 @@ def run(comm: Comm, config: Config, heartbeat: Heartbeat, stack: ExitStack) -> N
         )  # fmt: skip
         return
 
-    if loaded and is_finished(loaded, config):
-        summary.log_finished(loaded, config, dataset, splits)
+    if loaded and is_finished(loaded, config.run, config.train):
+        summary.log_finished(loaded, config.options(), dataset, splits)
         return
 
     # Where training starts, and the optimizer.

@@ -5,17 +5,17 @@ from typing import Any
 
 from utils import log
 from utils.checkpoint.resume import LoadedCheckpoint
-from utils.config.schema import Config, TrainConfig
+from utils.config.schema import RunConfig, TrainConfig
 from utils.errors import UserError
 
 
-def is_finished(loaded: LoadedCheckpoint, config: Config) -> bool:
+def is_finished(loaded: LoadedCheckpoint, run: RunConfig, train: TrainConfig) -> bool:
     """Return whether a run has nothing left to train, and was asked for no more than to go on.
 
     The same command once more, as chains of jobs give it, is no mistake.
     """
-    asked = config.run.resume == "auto" and config.train.start_epoch is None
-    return (asked or loaded.own) and loaded.content.get("epoch", 0) >= config.train.epochs
+    asked = run.resume == "auto" and train.start_epoch is None
+    return (asked or loaded.own) and loaded.content.get("epoch", 0) >= train.epochs
 
 
 @dataclass

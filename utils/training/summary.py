@@ -17,7 +17,6 @@ from utils.checkpoint.resume import LoadedCheckpoint
 from utils.checkpoint.train_state import TrainState
 from utils.config.schema import (
     WITHOUT_EFFECT,
-    Config,
     DataConfig,
     HardwareConfig,
     ModelConfig,
@@ -156,13 +155,13 @@ def _changed(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def log_finished(
-    loaded: LoadedCheckpoint, config: Config, dataset: Dataset, splits: Splits
+    loaded: LoadedCheckpoint, options: Mapping[str, Any], dataset: Dataset, splits: Splits
 ) -> None:
     """Print that a run has nothing left to train, with its accuracies.
 
     Args:
         loaded: The checkpoint that would be continued.
-        config: The configuration.
+        options: The options of the present start.
         dataset: The data set, with the statistics and classes of the checkpoint.
         splits: The sets.
     """
@@ -179,7 +178,7 @@ def log_finished(
         f"Last acc: {last}, Best acc: {best} ({_epoch_of(content.get('best_epoch', 0))}), {where}"
     )
     before = content.get("options")
-    if isinstance(before, dict) and (changed := _changed(before, config.options())):
+    if isinstance(before, dict) and (changed := _changed(before, options)):
         log.note(one_line(f"other flags than its own have no effect: {', '.join(changed)}"))
 
 
